@@ -1,0 +1,271 @@
+"""Our own HTTP/1.1 connection to an engine: a raw asyncio protocol over llhttp, used again for turn after turn.
+
+It owns sockets and bytes on the engine's side; what the bytes mean is `gateway.relay.taps`, and which engine to ask is
+`nodes.routing`. Once a sink is attached every piece goes straight from the socket to it: no task wakes for a chunk.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+
+from config.defaults import Settings
+
+log = logging.getLogger("poolgate.relay")
+
+Sink = Callable[[bytes], None]
+
+
+class UpstreamLost(Exception):
+    """The engine's connection ended, or spoke no HTTP, before its answer was whole."""
+
+
+class ConnectFailed(UpstreamLost):
+    """The engine could not be reached."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
+
+    __slots__ = (
+        "_keeps_alive", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed", "complete",
+        "failure", "headers", "last_data_s", "parts", "status", "transport", "turns",
+    )  # fmt: skip
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
+        self._loop = loop
+        self._pool = pool
+        self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
+        self._paused = False
+        self.transport: Any = None
+        self.closed = False
+        self.turns = 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._keeps_alive = False
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.parts: list[bytes] = []
+        self.buffered = 0
+        self.complete = True
+        self.failure: UpstreamLost | None = None
+        self.last_data_s = 0.0
+
+    # --- the turn's side --------------------------------------------------------------------------------------
+
+    def begin(self, request: bytes) -> None:
+        """Send one request. The caller releases the connection, or closes it, exactly once afterwards."""
+        self.status = 0
+        self.headers = {}
+        self.complete = False
+        self.turns += 1
+        self.last_data_s = self._loop.time()
+        self.transport.write(request)
+
+    @property
+    def is_over(self) -> bool:
+        """No more bytes will come for this turn."""
+        return self.complete or self.failure is not None
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait until headers, buffered bytes, the end or a failure arrives, or `poke` is called, or time is up."""
+        if self.is_over:
+            return
+        waiter = self._waiter = self._loop.create_future()
+        timer = self._loop.call_later(timeout_s, self.poke)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def poke(self) -> None:
+        """Wake whoever waits in `changed`."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def take(self) -> bytes:
+        """The body bytes that came so far, which are then forgotten."""
+        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        self.parts.clear()
+        self.buffered = 0
+        return data
+
+    def peek(self) -> bytes:
+        """The body bytes that came so far, kept for `take`."""
+        if len(self.parts) > 1:
+            self.parts = [b"".join(self.parts)]
+        return self.parts[0] if self.parts else b""
+
+    def attach(self, sink: Sink) -> None:
+        """From now on body bytes go to `sink` as they arrive; what is buffered stays for `take`."""
+        self._sink = sink
+
+    def pause(self) -> None:
+        """Stop reading the engine's socket: the kernel's window fills and the engine waits."""
+        if not self._paused and not self.closed:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again; silence is counted from now."""
+        if self._paused and not self.closed:
+            self._paused = False
+            self.last_data_s = self._loop.time()
+            self.transport.resume_reading()
+
+    def release(self) -> None:
+        """The turn is over. A connection that is clean goes back to its pool, any other one is closed.
+
+        Closing is how an engine learns that its work is not wanted: vLLM aborts within 65 ms.
+        """
+        self._sink = None
+        if self.complete and not self.closed and not self._paused and self._keeps_alive and self._pool is not None:
+            self.take()
+            self._pool.put(self)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once, unsent bytes and all."""
+        self._sink = None
+        if not self.closed:
+            self.closed = True
+            if self.transport is not None:
+                self.transport.abort()
+
+    # --- asyncio's side ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_over:
+            self.close()  # bytes that nobody asked for: this connection can't be trusted with another turn
+            return
+        self.last_data_s = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
+            self._fail(UpstreamLost("the engine's answer could not be relayed"))
+        except httptools.HttpParserError as error:
+            self._fail(UpstreamLost(f"the engine's answer is not HTTP: {type(error).__name__}"))
+        except httptools.HttpParserUpgrade:
+            self._fail(UpstreamLost("the engine answered with an upgrade"))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if not self.complete:
+            self._fail(UpstreamLost("the engine closed the connection before its answer was whole"))
+
+    def _fail(self, failure: UpstreamLost) -> None:
+        if self.failure is None and not self.complete:
+            self.failure = failure
+        self.close()
+        self.poke()
+
+    # --- llhttp's side ----------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 100 Continue and 103 Early Hints come before the answer
+            self.headers.clear()
+            return
+        self.status = status
+        self.poke()
+
+    def on_body(self, body: bytes) -> None:
+        if self._sink is not None:
+            self._sink(body)
+        else:
+            self.parts.append(body)
+            self.buffered += len(body)
+            self.poke()
+
+    def on_message_complete(self) -> None:
+        if self.status >= 200:
+            self.complete = True
+            self._keeps_alive = self._parser.should_keep_alive()
+            self.poke()
+
+
+class UpstreamPool:
+    """Connections to one engine: the youngest idle one is used first, and those past `engine_idle_s` never again."""
+
+    def __init__(self, host: str, port: int, settings: Settings) -> None:
+        self.host = host
+        self.port = port
+        self._settings = settings
+        self._idle: deque[tuple[UpstreamConnection, float]] = deque()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<UpstreamPool {self.host}:{self.port} idle={len(self._idle)}>"
+
+    def idle(self) -> UpstreamConnection | None:
+        """An idle connection that is young enough, if there is one."""
+        oldest_s = time.monotonic() - self._settings.engine_idle_s
+        while self._idle:
+            connection, since_s = self._idle.pop()
+            if connection.closed:
+                continue
+            if since_s < oldest_s:
+                connection.close()
+                self._drop_idle()  # the rest is older still
+                return None
+            return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A new connection. Raises ConnectFailed."""
+        loop = asyncio.get_running_loop()
+        connection = UpstreamConnection(loop, self)
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                await loop.create_connection(lambda: connection, self.host, self.port)
+        except TimeoutError as error:
+            raise ConnectFailed("connecting to the engine took too long") from error
+        except OSError as error:
+            raise ConnectFailed("the engine can't be reached") from error
+        return connection
+
+    def put(self, connection: UpstreamConnection) -> None:
+        """Keep a clean connection for the next turn."""
+        if self._closed or len(self._idle) >= self._settings.engine_idle_connections_max:
+            connection.close()
+            return
+        now_s = time.monotonic()
+        oldest_s = now_s - self._settings.engine_idle_s
+        while self._idle and self._idle[0][1] < oldest_s:
+            self._idle.popleft()[0].close()
+        self._idle.append((connection, now_s))
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            self._idle.popleft()[0].close()
+
+    def close(self) -> None:
+        """Close idle connections; those in use close when they are released."""
+        self._closed = True
+        self._drop_idle()
+
+
+def request_bytes(host: str, path: str, request_id: str, body: bytes) -> bytes:
+    """One POST to an engine. Only these headers are sent: a client's own never reach an engine."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"x-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("ascii") + body

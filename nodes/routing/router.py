@@ -1,0 +1,72 @@
+"""`choose`: one engine for one turn. Filters drop those that can't, scores rank a few sampled ones, ties fall at random.
+
+Sampling keeps the cost the same for 10 and for 10,000 engines, and keeps workers that act on load 200 ms old from all
+running to the same engine.
+"""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from nodes.routing.snapshot import Engine, Snapshot
+
+
+class NoEngine(Exception):
+    """No engine can take the turn now. `is_known`: some engine serves the model, but none is fit or untried."""
+
+    def __init__(self, model: str, *, is_known: bool) -> None:
+        self.model = model
+        self.is_known = is_known
+        super().__init__(f"no engine for {model}")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a turn asks of an engine. `tokens` is its size as load; `tried` engines are not asked again."""
+
+    model: str
+    kind: str
+    tokens: int
+    account_id: int | None = None
+    tried: Collection[Engine] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The engine, and how many served the model at all."""
+
+    engine: Engine
+    candidates: int
+
+
+def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: random.Random) -> Choice:
+    """The least loaded of `sample` fit engines. Raises NoEngine."""
+    candidates = snapshot.by_model.get(need.model, ())
+    count = len(candidates)
+    if count <= sample:
+        fit = [engine for engine in candidates if is_fit(engine, need, turns_max)]
+    else:
+        fit = [engine for engine in rng.sample(candidates, sample) if is_fit(engine, need, turns_max)]
+        if not fit:  # many are down or tried: look at all before giving up
+            fit = [engine for engine in candidates if is_fit(engine, need, turns_max)]
+    if not fit:
+        raise NoEngine(need.model, is_known=count > 0)
+    return Choice(pick(fit, rng), count)
+
+
+def is_fit(engine: Engine, need: Need, turns_max: int) -> bool:
+    """Breaker closed, room for a turn, right kind of model, not tried yet, and the pinned provider's if one is pinned."""
+    return (
+        not engine.breaker.is_open
+        and engine.load.turns < turns_max
+        and engine.models[need.model].kind == need.kind
+        and engine not in need.tried
+        and (need.account_id is None or engine.account_id == need.account_id)
+    )
+
+
+def pick(fit: Sequence[Engine], rng: random.Random) -> Engine:
+    """The lowest load; equal ones in turn at random."""
+    if len(fit) == 1:
+        return fit[0]
+    return min(fit, key=lambda engine: (engine.load.in_tokens, rng.random()))
