@@ -1,0 +1,42 @@
+# The gateway's image: `docker build -t poolgate .`; deploy/compose.yaml runs it beside PostgreSQL and Valkey.
+# It holds no engine: GPU hosts run `poolgate agent`, with vLLM in an environment of its own.
+
+ARG PYTHON_VERSION=3.11
+
+FROM python:${PYTHON_VERSION}-slim AS build
+WORKDIR /src
+# Wheels of the dependencies first: this layer stays while pyproject.toml does.
+COPY pyproject.toml README.md LICENSE ./
+RUN mkdir gateway nodes billing config \
+    && pip wheel --no-cache-dir --wheel-dir /wheels . \
+    && rm /wheels/poolgate-*.whl
+COPY gateway gateway
+COPY nodes nodes
+COPY billing billing
+COPY config config
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:${PYTHON_VERSION}-slim
+LABEL org.opencontainers.image.title="poolgate" \
+      org.opencontainers.image.description="One OpenAI-compatible endpoint over a pool of GPU hosts" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --no-index --find-links=/wheels poolgate
+# The data folder holds the pepper of the key hashes when POOLGATE_KEY_PEPPER does not give it.
+RUN useradd --system --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin poolgate \
+    && install -d -o poolgate -g poolgate -m 0700 /var/lib/poolgate
+USER 10001:10001
+WORKDIR /var/lib/poolgate
+VOLUME /var/lib/poolgate
+ENV PYTHONUNBUFFERED=1 \
+    POOLGATE_HOST=0.0.0.0 \
+    POOLGATE_PORT=8080 \
+    POOLGATE_DATA_DIR=/var/lib/poolgate \
+    POOLGATE_LOG_FORMAT=json
+EXPOSE 8080
+# The supervisor drains begun turns on SIGTERM; docker's own default would kill it after 10 s.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 CMD ["python", "-c", \
+    "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"POOLGATE_PORT\"]}/api/health', timeout=2)"]
+ENTRYPOINT ["poolgate"]
+CMD ["serve"]
