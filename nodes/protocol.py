@@ -1,0 +1,336 @@
+"""The messages between a node's agent and the gateway: the heartbeat and its reply, and how they read as JSON.
+
+Field names are those of the marketplace contract plus our optional ones. What a gateway does with a heartbeat is left
+to `heartbeats`, what an agent puts into it to `agent`; a message of the other side is checked here and never trusted.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+AGENT_VERSION = "0.1.0"
+MIN_AGENT_VERSION = "0.1.0"
+HEARTBEAT_PATH = "/api/providers/heartbeat"
+
+STARTING, READY, DRAINING, FAILED, STOPPED = "starting", "ready", "draining", "failed", "stopped"
+ENGINE_STATES = (STARTING, READY, DRAINING, FAILED, STOPPED)
+GENERATE, POOLING = "generate", "pooling"
+MODEL_KINDS = (GENERATE, POOLING)
+
+# A heartbeat comes from another machine; these keep a broken or hostile one small. All are far above real use.
+ENGINES_MAX = 64
+MODELS_MAX = 512  # of one engine: a base model and its LoRA adapters
+CACHED_MODELS_MAX = 4096
+TEXT_MAX = 512
+REASON_MAX = 2000
+FACTS_MAX = 64  # fields of gpu_status and resource_spec
+COUNT_MAX = 2**53
+
+
+class BadMessage(ValueError):
+    """The message names a field that is missing or has a wrong value; its text names the field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model that an engine serves; `parent` is the base model of a LoRA adapter."""
+
+    id: str
+    context_length: int = 0  # tokens; 0: not known
+    kind: str = GENERATE
+    parent: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "context_length": self.context_length,
+            "kind": self.kind,
+            "parent": self.parent,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "ModelInfo":
+        fields = _Fields(value, "models[]")
+        return cls(
+            id=fields.text("id", required=True),
+            context_length=fields.count("context_length"),
+            kind=fields.one_of("kind", MODEL_KINDS, GENERATE),
+            parent=fields.text("parent") or None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """One vLLM server of a node. `engine_id` is stable over restarts and unique in the node."""
+
+    engine_id: str
+    url: str  # as the gateway reaches it
+    state: str
+    reason: str = ""  # why it is in that state, for people
+    restarts: int = 0
+    models: tuple[ModelInfo, ...] = ()
+    block_size: int = 0  # tokens of one prefix-cache block; 0: not known
+    kv_tokens: int = 0  # tokens that its KV cache holds; 0: not known
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "engine_id": self.engine_id,
+            "url": self.url,
+            "state": self.state,
+            "reason": self.reason,
+            "restarts": self.restarts,
+            "models": [model.to_json() for model in self.models],
+            "block_size": self.block_size,
+            "kv_tokens": self.kv_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "EngineInfo":
+        fields = _Fields(value, "engines[]")
+        url = fields.text("url", required=True)
+        if not url.startswith(("http://", "https://")):
+            raise BadMessage("engines[].url must start with http:// or https://")
+        return cls(
+            engine_id=fields.text("engine_id", required=True),
+            url=url.rstrip("/"),
+            state=fields.one_of("state", ENGINE_STATES),
+            reason=fields.text("reason", most=REASON_MAX),
+            restarts=fields.count("restarts"),
+            models=tuple(ModelInfo.from_json(item) for item in fields.items("models", MODELS_MAX)),
+            block_size=fields.count("block_size"),
+            kv_tokens=fields.count("kv_tokens"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What an engine last said of itself; `kv_usage` is 0..1."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    sleeping: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.running + self.waiting == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "running": self.running,
+            "waiting": self.waiting,
+            "kv_usage": round(self.kv_usage, 4),
+            "sleeping": self.sleeping,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "EngineLoad":
+        fields = _Fields(value, "load")
+        return cls(
+            running=fields.count("running"),
+            waiting=fields.count("waiting"),
+            kv_usage=min(1.0, fields.number("kv_usage")),
+            sleeping=fields.flag("sleeping"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What an agent says of its node. Only `api_key` is required; a node without `node_id` is its key's only one."""
+
+    api_key: str = field(repr=False)
+    gpu_status: Mapping[str, Any] = field(default_factory=dict)
+    uptime: float = 0.0  # seconds
+    provider_ip: str = ""
+    provider_hostname: str = ""
+    cached_models: tuple[str, ...] = ()
+    resource_spec: Mapping[str, Any] = field(default_factory=dict)
+    node_id: str = ""
+    epoch: int = 0
+    agent_version: str = ""
+    engines: tuple[EngineInfo, ...] = ()
+    load: Mapping[str, EngineLoad] = field(default_factory=dict)  # by engine_id
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "api_key": self.api_key,
+            "gpu_status": dict(self.gpu_status),
+            "uptime": round(self.uptime, 1),
+            "provider_ip": self.provider_ip,
+            "provider_hostname": self.provider_hostname,
+            "cached_models": list(self.cached_models),
+            "resource_spec": dict(self.resource_spec),
+            "node_id": self.node_id,
+            "epoch": self.epoch,
+            "agent_version": self.agent_version,
+            "engines": [engine.to_json() for engine in self.engines],
+            "load": {engine_id: load.to_json() for engine_id, load in self.load.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "Heartbeat":
+        """Raises `BadMessage`; absent and null are the same."""
+        fields = _Fields(value, "")
+        engines = tuple(EngineInfo.from_json(item) for item in fields.items("engines", ENGINES_MAX))
+        known = {engine.engine_id for engine in engines}
+        if len(known) != len(engines):
+            raise BadMessage("engines[].engine_id must be unique in a node")
+        load = fields.facts("load", ENGINES_MAX)
+        return cls(
+            api_key=fields.text("api_key", required=True),
+            gpu_status=fields.facts("gpu_status"),
+            uptime=fields.number("uptime"),
+            provider_ip=fields.text("provider_ip"),
+            provider_hostname=fields.text("provider_hostname"),
+            cached_models=fields.texts("cached_models", CACHED_MODELS_MAX),
+            resource_spec=fields.facts("resource_spec"),
+            node_id=_uuid(fields.text("node_id")),
+            epoch=fields.count("epoch"),
+            agent_version=fields.text("agent_version"),
+            engines=engines,
+            load={key: EngineLoad.from_json(item) for key, item in load.items() if key in known},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReply:
+    """What the gateway answers. Past `lease_s` without another good heartbeat the gateway takes the node as gone."""
+
+    message: str = "Heartbeat received"
+    timestamp: str = ""
+    needs_update: bool = False
+    update_available: bool = False
+    latest_version: str = AGENT_VERSION
+    min_version: str = MIN_AGENT_VERSION
+    approval_status: str = "approved"
+    preload_model: Mapping[str, Any] | None = None
+    node_id: str = ""
+    epoch: int = 0
+    lease_s: float = 0.0  # 0: none was said
+    heartbeat_interval_s: float = 0.0  # 0: none was said
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "success": True,
+            "message": self.message,
+            "timestamp": self.timestamp,
+            "needs_update": self.needs_update,
+            "update_available": self.update_available,
+            "latest_version": self.latest_version,
+            "min_version": self.min_version,
+            "approval_status": self.approval_status,
+            "approved": self.approval_status == "approved",
+            "preload_model": None if self.preload_model is None else dict(self.preload_model),
+            "node_id": self.node_id,
+            "epoch": self.epoch,
+            "lease_s": self.lease_s,
+            "heartbeat_interval_s": self.heartbeat_interval_s,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "HeartbeatReply":
+        """Raises `BadMessage`; our own fields may be absent, as in other gateways of the contract."""
+        fields = _Fields(value, "")
+        return cls(
+            message=fields.text("message", most=REASON_MAX),
+            timestamp=fields.text("timestamp"),
+            needs_update=fields.flag("needs_update"),
+            update_available=fields.flag("update_available"),
+            latest_version=fields.text("latest_version"),
+            min_version=fields.text("min_version"),
+            approval_status=fields.text("approval_status"),
+            preload_model=fields.facts("preload_model") or None,
+            node_id=_uuid(fields.text("node_id")),
+            epoch=fields.count("epoch"),
+            lease_s=fields.number("lease_s"),
+            heartbeat_interval_s=fields.number("heartbeat_interval_s"),
+        )
+
+
+class _Fields:
+    """Reads one JSON object field by field; each refusal names the field."""
+
+    def __init__(self, value: object, place: str) -> None:
+        if not isinstance(value, dict):
+            raise BadMessage(f"{place or 'the body'} must be a JSON object")
+        self._fields: dict[str, object] = value
+        self._place = f"{place}." if place else ""
+
+    def text(self, name: str, *, required: bool = False, most: int = TEXT_MAX) -> str:
+        value = self._get(name)
+        if value is None and not required:
+            return ""
+        if not isinstance(value, str) or len(value) > most or (required and not value):
+            raise self._bad(name, f"must be a string of {1 if required else 0} to {most} characters")
+        return value
+
+    def texts(self, name: str, most: int) -> tuple[str, ...]:
+        values = self.items(name, most)
+        for value in values:
+            if not isinstance(value, str) or len(value) > TEXT_MAX:
+                raise self._bad(name, f"must hold strings of up to {TEXT_MAX} characters")
+        return tuple(str(value) for value in values)
+
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str = "") -> str:
+        value = self._get(name)
+        if value is None and default:
+            return default
+        if not isinstance(value, str) or value not in allowed:
+            raise self._bad(name, f"must be one of {', '.join(allowed)}")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self._get(name)
+        if value is None:
+            return 0.0
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._bad(name, "must be a number of 0 or more")
+        if not math.isfinite(value) or not 0 <= value <= COUNT_MAX:
+            raise self._bad(name, "must be a number of 0 or more")
+        return float(value)
+
+    def count(self, name: str) -> int:
+        value = self.number(name)
+        if value != int(value):
+            raise self._bad(name, "must be a whole number of 0 or more")
+        return int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self._get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._bad(name, "must be true or false")
+        return bool(value)
+
+    def items(self, name: str, most: int) -> list[object]:
+        value = self._get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or len(value) > most:
+            raise self._bad(name, f"must be a list of up to {most} entries")
+        return value
+
+    def facts(self, name: str, most: int = FACTS_MAX) -> dict[str, Any]:
+        value = self._get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > most:
+            raise self._bad(name, f"must be an object of up to {most} fields")
+        return value
+
+    def _get(self, name: str) -> object:
+        return self._fields.get(name)
+
+    def _bad(self, name: str, what: str) -> BadMessage:
+        return BadMessage(f"{self._place}{name} {what}")
+
+
+def _uuid(text: str) -> str:
+    """The canonical form, or empty when there is none."""
+    if not text:
+        return ""
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise BadMessage("node_id must be a UUID") from None
