@@ -19,6 +19,9 @@ log = logging.getLogger("poolgate.relay")
 
 Sink = Callable[[bytes], None]
 
+LINGER_S = 1.0
+"""How long a finished stream's connection may take to bring its last chunk before it is closed instead of kept."""
+
 
 class UpstreamLost(Exception):
     """The engine's connection ended, or spoke no HTTP, before its answer was whole."""
@@ -32,8 +35,8 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed", "complete",
-        "failure", "headers", "last_data_s", "parts", "status", "transport", "turns",
+        "_keeps_alive", "_lingers", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed",
+        "complete", "failure", "headers", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
@@ -47,6 +50,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.turns = 0
         self._parser = httptools.HttpResponseParser(self)
         self._keeps_alive = False
+        self._lingers = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
@@ -61,6 +65,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Send one request. The caller releases the connection, or closes it, exactly once afterwards."""
         self.status = 0
         self.headers = {}
+        self.parts.clear()
+        self.buffered = 0
         self.complete = False
         self.turns += 1
         self.last_data_s = self._loop.time()
@@ -70,6 +76,11 @@ class UpstreamConnection(asyncio.Protocol):
     def is_over(self) -> bool:
         """No more bytes will come for this turn."""
         return self.complete or self.failure is not None
+
+    @property
+    def was_stale(self) -> bool:
+        """An idle connection that turned out to be closed already: the request may be sent again on a new one."""
+        return self.turns > 1 and self.status == 0 and self.failure is not None
 
     async def changed(self, timeout_s: float) -> None:
         """Wait until headers, buffered bytes, the end or a failure arrives, or `poke` is called, or time is up."""
@@ -120,20 +131,37 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def release(self) -> None:
-        """The turn is over. A connection that is clean goes back to its pool, any other one is closed.
+        """The turn got all that it wanted. A connection that is clean goes back to its pool, any other one is closed.
 
-        Closing is how an engine learns that its work is not wanted: vLLM aborts within 65 ms.
+        After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
         self._sink = None
-        if self.complete and not self.closed and not self._paused and self._keeps_alive and self._pool is not None:
-            self.take()
+        if self.closed or self._paused or self.failure is not None or self._pool is None:
+            self.close()
+        elif self.complete:
+            self._go_idle()
+        else:
+            self._lingers = True
+            self._loop.call_later(LINGER_S, self._end_linger)
+
+    def _go_idle(self) -> None:
+        self._lingers = False
+        self.parts.clear()
+        self.buffered = 0
+        if self._keeps_alive and self._pool is not None:
             self._pool.put(self)
         else:
             self.close()
 
+    def _end_linger(self) -> None:
+        if self._lingers:
+            self.close()
+
     def close(self) -> None:
-        """Close at once, unsent bytes and all."""
+        """Close at once, unsent bytes and all. This is how an engine learns that its work is not wanted: vLLM aborts
+        within 65 ms."""
         self._sink = None
+        self._lingers = False
         if not self.closed:
             self.closed = True
             if self.transport is not None:
@@ -198,7 +226,10 @@ class UpstreamConnection(asyncio.Protocol):
         if self.status >= 200:
             self.complete = True
             self._keeps_alive = self._parser.should_keep_alive()
-            self.poke()
+            if self._lingers:
+                self._go_idle()
+            else:
+                self.poke()
 
 
 class UpstreamPool:

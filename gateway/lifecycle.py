@@ -1,0 +1,295 @@
+"""The life of a turn: admit, choose, relay, settle. Every surface's inference request passes through `run`.
+
+What a surface looks like is `gateway.api`; how bytes move is `gateway.relay`. A turn is settled exactly once whatever way it
+ended, in memory, before its last bytes go out; nothing here waits for a database.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import orjson
+
+from billing.money import to_minor_up
+from billing.prices import PriceBook, cost_nano
+from billing.usage import UsageRecord
+from config.clock import Clock
+from config.defaults import Settings
+from config.ids import uuid7
+from gateway.errors import ApiError, InsufficientQuota, ModelNotFound, NoNodeAvailable, Unavailable, error_event
+from gateway.identity.keyring import Principal
+from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
+from gateway.relay.exchange import Delivery, stream, whole
+from gateway.relay.faults import EngineFault, unreachable
+from gateway.relay.taps import Tap, Tokens, add_cost, answer_tokens
+from gateway.relay.tokens import count_prompt, count_tokens
+from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes
+from gateway.relay.upstreams import Upstreams
+from gateway.turn import Ask, Turn
+from nodes.registry import Registry
+from nodes.routing.router import Need, NoEngine, choose
+from nodes.routing.snapshot import Engine
+
+log = logging.getLogger("poolgate.turns")
+
+OUTPUT_TOKENS_GUESS_MAX = 1024
+"""What an answer without a small token limit counts for as load: few answers are longer."""
+
+NO_NODE_RETRY_AFTER_S = 5
+
+
+class Lifecycle:
+    """Runs turns. `record` gets one usage record for each, in memory; `is_full` says that no more can be taken."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        registry: Registry,
+        prices: PriceBook,
+        clock: Clock,
+        pepper: bytes,
+        record: Callable[[UsageRecord], None],
+        is_full: Callable[[], bool],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._prices = prices
+        self._clock = clock
+        self._pepper = pepper
+        self._record = record
+        self._is_full = is_full
+        self._salts: dict[int, str] = {}
+        self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
+        self.upstreams = Upstreams(settings)
+        self.in_flight = 0
+
+    async def run(self, ask: Ask, principal: Principal, request_id: str, down: Downstream) -> Turn:
+        """One whole turn. Raises ApiError only while nothing was sent to the client."""
+        turn = self._admit(ask, principal, request_id)
+        self.in_flight += 1
+        try:
+            await self._dispatch(turn, down)
+        except (ClientGone, asyncio.CancelledError):
+            turn.outcome = "client_gone"
+            raise
+        except ApiError as error:
+            turn.status = turn.status or error.status
+            if not down.is_started:
+                raise
+            self._settle(turn)
+            down.finish(error_event(error))
+        finally:
+            self.in_flight -= 1
+            self._settle(turn)
+        return turn
+
+    def _admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
+        """May this key have this turn at all? Limits, budgets and the hold have their place here, after the funds."""
+        model = ask.body["model"]
+        if principal.models is not None and model not in principal.models:
+            raise ModelNotFound(param="model")
+        served = self._registry.snapshot.by_model.get(model)
+        if served is None and model not in self._prices.models():
+            raise ModelNotFound(param="model")
+        if served is not None and all(engine.models[model].kind != ask.kind for engine in served):
+            raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
+        if not principal.has_funds:
+            raise InsufficientQuota
+        if self._is_full():
+            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
+        now = self._clock.now()
+        return Turn(uuid7(), request_id, principal, ask, model, self._prices.price(model, now), now)
+
+    async def _dispatch(self, turn: Turn, down: Downstream) -> None:
+        """Try engines until one answers; another one only while the client got nothing but comments."""
+        body = self._engine_body(turn)
+        tokens = len(body) // 4 + min(turn.ask.output_tokens, OUTPUT_TOKENS_GUESS_MAX)
+        tried: list[Engine] = []
+        fault: EngineFault | None = None
+        while len(tried) < self._settings.dispatch_attempts_max:
+            engine = self._choose(turn, tokens, tried, fault)
+            tried.append(engine)
+            turn.engine, turn.attempts = engine, len(tried)
+            load = engine.load
+            load.turns += 1
+            load.tokens += tokens
+            try:
+                await self._attempt(turn, engine, body, down)
+                engine.breaker.succeeded()
+                return
+            except EngineFault as failed:
+                fault = failed
+                self._registry.engine_answered(engine, failed.is_broken)
+                turn.cause = failed.cause
+                is_begun = self._is_begun(turn)
+                turn.outcome = "engine_failed" if failed.may_retry or is_begun else "refused"
+                if is_begun or not failed.may_retry:
+                    break
+            finally:
+                load.turns -= 1
+                load.tokens -= tokens
+        assert fault is not None
+        raise fault.error
+
+    def _choose(self, turn: Turn, tokens: int, tried: list[Engine], fault: EngineFault | None) -> Engine:
+        ask, settings = turn.ask, self._settings
+        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried)
+        snapshot = self._registry.snapshot
+        try:
+            choice = choose(
+                snapshot, need, sample=settings.choice_sample, turns_max=settings.engine_turns_max, rng=self._rng
+            )
+        except NoEngine as error:
+            if fault is not None:
+                raise fault.error from fault
+            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
+        return choice.engine
+
+    @staticmethod
+    def _is_begun(turn: Turn) -> bool:
+        """Something of this turn's answer was sent to its client."""
+        return turn.first_event_s is not None and not turn.ask.gathers
+
+    def _engine_body(self, turn: Turn) -> bytes:
+        """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""
+        body = turn.ask.body
+        if turn.ask.kind == "generate":
+            body["cache_salt"] = self._salt(turn.principal.account_id)
+        return orjson.dumps(body)
+
+    def _salt(self, account_id: int) -> str:
+        """Keeps one account's cached prefixes from being timed, or used, by another."""
+        salt = self._salts.get(account_id)
+        if salt is None:
+            if len(self._salts) >= self._settings.key_cache_max:
+                self._salts.clear()
+            mark = hmac.digest(self._pepper, b"cache-salt:%d" % account_id, hashlib.sha256)
+            salt = self._salts[account_id] = mark.hex()[:32]
+        return salt
+
+    # --- one attempt ------------------------------------------------------------------------------------------
+
+    async def _attempt(self, turn: Turn, engine: Engine, body: bytes, down: Downstream) -> None:
+        """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it."""
+        pool = self.upstreams.pool(engine)
+        request = request_bytes(f"{engine.host}:{engine.port}", turn.ask.engine_path, turn.request_id, body)
+        connection = pool.idle()
+        if connection is not None:
+            try:
+                await self._exchange(turn, connection, request, down)
+                return
+            except EngineFault:
+                if not connection.was_stale:
+                    raise
+        try:
+            connection = await pool.connect()
+        except ConnectFailed as error:
+            raise unreachable(str(error)) from error
+        await self._exchange(turn, connection, request, down)
+
+    async def _exchange(self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream) -> None:
+        """One request on one connection, which is kept if all went well and closed at once if not."""
+        connection.begin(request)
+        try:
+            await self._relay(turn, connection, down)
+        except BaseException:
+            connection.close()
+            raise
+        connection.release()
+
+    async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
+        ask = turn.ask
+        headers = {"x-request-id": turn.request_id}
+        if ask.tap is None:
+            await self._relay_whole(turn, connection, down, headers)
+            return
+        tap = ask.tap()
+        ends_at_s = None
+        if ask.time_limit_s is not None:
+            used_s = time.monotonic() - turn.started_s
+            ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
+        stream_headers = EVENT_STREAM | headers
+        delivery = Delivery(tap, down, stream_headers, turn.first_event, ask.gathers, ends_at_s)
+        try:
+            await stream(connection, delivery, self._settings)
+        finally:
+            if not ask.gathers and turn.first_event_s is not None:
+                turn.tokens = tap.tokens
+        await self._finish(turn, tap, down, headers)
+
+    async def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
+        """Settle, then send the last bytes."""
+        if down.is_gone and turn.ask.gathers:
+            raise ClientGone
+        turn.tokens = tap.tokens
+        turn.outcome, turn.status = "finished", 200
+        self._settle(turn)
+        cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
+        if turn.ask.render is not None:
+            json = {"content-type": "application/json"}
+            down.answer(200, json | headers, turn.ask.render(turn, tap, cost_minor))
+        else:
+            down.finish(tap.ending(cost_minor))
+
+    async def _relay_whole(
+        self, turn: Turn, connection: UpstreamConnection, down: Downstream, headers: dict[str, str]
+    ) -> None:
+        body = await whole(connection, self._settings)
+        if down.is_gone:
+            raise ClientGone
+        turn.first_event()
+        turn.tokens = answer_tokens(body) or estimate(turn.ask.body, body)
+        turn.outcome, turn.status = "finished", 200
+        self._settle(turn)
+        cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
+        json = {"content-type": "application/json"}
+        down.answer(200, json | headers, add_cost(body, cost_minor))
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def _settle(self, turn: Turn) -> None:
+        """Price what was delivered and record it: once, in memory, whatever way the turn ended."""
+        if turn.is_settled:
+            return
+        turn.is_settled = True
+        tokens, engine = turn.tokens, turn.engine
+        turn.amount_nano = cost_nano(turn.price, tokens.prompt, tokens.cached, tokens.completion)
+        self._record(
+            UsageRecord(
+                turn_id=turn.id,
+                account_id=turn.principal.account_id,
+                key_id=turn.principal.key_id,
+                started_at=turn.started_at,
+                surface=turn.ask.route,
+                model=turn.model,
+                node_id=engine.node_id if engine is not None else None,
+                engine_id=engine.engine_id if engine is not None else None,
+                stream=turn.ask.is_stream,
+                outcome=turn.outcome,
+                status=turn.status or 499,
+                prompt_tokens=tokens.prompt,
+                cached_tokens=tokens.cached,
+                completion_tokens=tokens.completion,
+                estimated=tokens.estimated,
+                ttft_ms=turn.ttft_ms,
+                duration_ms=turn.duration_ms,
+                amount_nano=turn.amount_nano,
+                price_ref=turn.price.ref,
+            )
+        )
+
+
+def estimate(asked: dict[str, object], answer: bytes) -> Tokens:
+    """Tokens of a turn whose engine reported none, counted by tokenizer."""
+    prompt = count_prompt(asked.get("messages") or asked.get("prompt") or asked.get("input") or "")
+    try:
+        choices = orjson.loads(answer).get("choices") or ()
+        texts = [choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices]
+    except (orjson.JSONDecodeError, AttributeError):
+        texts = []
+    return Tokens(prompt=prompt, completion=sum(map(count_tokens, texts)), estimated=True)

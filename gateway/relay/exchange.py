@@ -1,0 +1,160 @@
+"""One attempt at one engine: send the request, watch the answer under every bound, pass it on.
+
+Two shapes: `stream` relays events as they come, `whole` waits for a body. Both raise EngineFault for what is the engine's
+fault and ClientGone for what is the client's; nobody is charged here.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from config.defaults import Settings
+from gateway.relay.downstream import ClientGone, Downstream
+from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent
+from gateway.relay.taps import CompleteTap, Tap, error_of, first_event
+from gateway.relay.upstream import UpstreamConnection
+
+ERROR_BODY_MAX = 65536
+"""Bytes of an engine's error answer that are read; vLLM's are below 1 KiB."""
+
+KEEPALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where a stream goes: to `down` event by event, or, with `gathered`, only into the tap."""
+
+    tap: Tap
+    down: Downstream
+    headers: dict[str, str]
+    on_first: Callable[[], None]
+    gathered: bool = False
+    ends_at_s: float | None = None
+
+
+async def stream(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+    """Relay one stream to its end, all but the terminal bytes, which the tap keeps until the turn is settled."""
+    await _first_event(connection, delivery, settings)
+    delivery.on_first()
+    _open(connection, delivery, settings.event_bytes_max)
+    await _flow(connection, delivery, settings)
+    tap = delivery.tap
+    if tap.error is not None:
+        raise fault_of_event(tap.error)
+    if not tap.is_whole:
+        raise broken(str(connection.failure or "the stream ended without a finish"))
+
+
+async def _first_event(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+    """Wait for the first event, with comments to the client meanwhile: a 200 may carry a 503 as its first event."""
+    loop = asyncio.get_running_loop()
+    give_up_s = loop.time() + settings.first_byte_timeout_s
+    if delivery.ends_at_s is not None:
+        give_up_s = min(give_up_s, delivery.ends_at_s)
+    while (event := first_event(connection.peek())) is None:
+        if connection.status >= 300:
+            raise fault_of_answer(connection.status, await _error_body(connection, settings))
+        if connection.is_over:
+            raise broken(str(connection.failure or "the engine sent no event"))
+        if connection.buffered > settings.event_bytes_max:
+            raise broken("the engine's first event is larger than event_bytes_max")
+        now_s = loop.time()
+        if now_s >= give_up_s:
+            if _timed_out(delivery):
+                return
+            raise silent("no first event within first_byte_timeout_s")
+        wait_s = min(settings.keepalive_comment_s, give_up_s - now_s)
+        await connection.changed(wait_s)
+        if loop.time() - now_s >= settings.keepalive_comment_s and not delivery.gathered:
+            _say_waiting(delivery)
+    if connection.status >= 300:
+        raise fault_of_answer(connection.status, await _error_body(connection, settings))
+    if (error := error_of(event)) is not None:
+        raise fault_of_event(error)
+
+
+def _say_waiting(delivery: Delivery) -> None:
+    down = delivery.down
+    if not down.is_started:
+        down.start(delivery.headers)
+    down.write(KEEPALIVE)
+
+
+def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: int) -> None:
+    """Send what has come, and let what comes go straight from socket to socket."""
+    tap, down, gathered = delivery.tap, delivery.down, delivery.gathered
+    if not gathered and not down.is_started:
+        down.start(delivery.headers)
+
+    def pass_on(data: bytes) -> None:
+        out = tap.feed(data)
+        if out and not gathered:
+            down.write(out)
+            if down.is_full:
+                connection.pause()
+                connection.poke()
+        if tap.is_done or tap.error is not None or tap.pending_bytes > event_bytes_max:
+            connection.poke()
+
+    connection.attach(pass_on)
+    pass_on(connection.take())
+
+
+async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+    """Sleep while the stream flows; wake for its end, silence, a slow client or the time-out of /v1/complete."""
+    loop = asyncio.get_running_loop()
+    tap, down = delivery.tap, delivery.down
+    while not (tap.is_done or tap.error is not None or connection.is_over):
+        if tap.pending_bytes > settings.event_bytes_max:
+            raise broken("an event of the engine is larger than event_bytes_max")
+        if down.is_gone and not delivery.gathered:
+            raise ClientGone
+        if down.is_full and not delivery.gathered:
+            await down.drained(settings.client_stall_s)
+            connection.resume()
+            continue
+        now_s = loop.time()
+        silence_ends_s = connection.last_data_s + settings.chunk_timeout_s
+        if now_s >= silence_ends_s:
+            raise silent("silence inside the answer for chunk_timeout_s")
+        if delivery.ends_at_s is not None:
+            if now_s >= delivery.ends_at_s and _timed_out(delivery):
+                return
+            silence_ends_s = min(silence_ends_s, delivery.ends_at_s)
+        await connection.changed(silence_ends_s - now_s)
+
+
+def _timed_out(delivery: Delivery) -> bool:
+    """/v1/complete ends here with what it has."""
+    if isinstance(delivery.tap, CompleteTap):
+        delivery.tap.time_out()
+        return True
+    return False
+
+
+async def whole(connection: UpstreamConnection, settings: Settings) -> bytes:
+    """The engine's whole answer of status 200."""
+    loop = asyncio.get_running_loop()
+    gives_up_s = loop.time() + settings.answer_timeout_s
+    while not connection.is_over:
+        if connection.buffered > settings.answer_bytes_max:
+            raise broken("the engine's answer is larger than answer_bytes_max")
+        left_s = gives_up_s - loop.time()
+        if left_s <= 0:
+            raise silent("no whole answer within answer_timeout_s")
+        await connection.changed(left_s)
+    if connection.failure is not None:
+        raise broken(str(connection.failure))
+    body = connection.take()
+    if connection.status != 200:
+        raise fault_of_answer(connection.status, body)
+    return body
+
+
+async def _error_body(connection: UpstreamConnection, settings: Settings) -> bytes:
+    loop = asyncio.get_running_loop()
+    gives_up_s = loop.time() + settings.connect_timeout_s
+    while not connection.is_over and connection.buffered <= ERROR_BODY_MAX and loop.time() < gives_up_s:
+        await connection.changed(gives_up_s - loop.time())
+    return connection.take()
+

@@ -1,0 +1,179 @@
+"""What agents report, as rows: a heartbeat comes in, nodes and engines are written, silent nodes go offline.
+
+PostgreSQL's clock decides who is late. The picture that turns are routed by is made from these rows in `nodes.registry`.
+"""
+
+import ipaddress
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import orjson
+
+from nodes.protocol import EngineReport, Heartbeat
+
+
+class EngineUrlRefused(ValueError):
+    """An engine's address is not one that this gateway may call."""
+
+
+class NodeOfAnother(Exception):
+    """The node id belongs to another provider."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where an engine listens; `host` is an IP address, so that no name can point elsewhere later."""
+
+    host: str
+    port: int
+
+
+class AllowedNetworks:
+    """The networks in which engines may be called over plain HTTP (setting `node_networks`)."""
+
+    def __init__(self, networks: str, *, own_ports: Sequence[int] = ()) -> None:
+        """`own_ports`: ports of this gateway, which on a loopback address are never an engine."""
+        self._networks = tuple(ipaddress.ip_network(part.strip()) for part in networks.split(",") if part.strip())
+        self._own_ports = frozenset(own_ports)
+
+    def address(self, url: str) -> EngineAddress:
+        """The address in `url`. Raises EngineUrlRefused with what is allowed."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or 80
+            ip = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        except ValueError:
+            raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT") from None
+        if parts.scheme != "http" or parts.path not in {"", "/"} or parts.query or parts.username:
+            raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT")
+        if not any(ip in network for network in self._networks):
+            raise EngineUrlRefused("the engine's address is outside the gateway's node_networks")
+        if ip.is_loopback and port in self._own_ports:
+            raise EngineUrlRefused("the engine's address is the gateway's own")
+        return EngineAddress(str(ip), port)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One engine that may serve: ready, on a node that is online."""
+
+    node_id: str
+    engine_id: str
+    account_id: int
+    url: str
+    restarts: int
+    models: tuple[dict[str, Any], ...]
+
+    @property
+    def key(self) -> str:
+        """Names the engine in the whole pool."""
+        return f"{self.node_id}/{self.engine_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLease:
+    """What a node may count on after a heartbeat."""
+
+    epoch: int
+    state: str
+
+
+class NodeStore:
+    """The only place with SQL about nodes and engines."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def record(self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport]) -> NodeLease:
+        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            lease = await connection.fetchrow(
+                BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
+                orjson.dumps(beat.gpu_status).decode(), beat.agent_version,
+            )  # fmt: skip
+            if lease is None:
+                raise NodeOfAnother
+            await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
+            await connection.execute(
+                "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
+                uuid.UUID(beat.node_id), [engine.engine_id for engine in engines],
+            )  # fmt: skip
+        return NodeLease(lease["epoch"], lease["state"])
+
+    async def ready_engines(self) -> tuple[list[EngineRow], int]:
+        """Every engine that may serve, and the number of nodes online."""
+        async with self._pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+            rows = await connection.fetch(READY)
+            online = await connection.fetchval("select count(*) from nodes where state = 'online'")
+        return [_engine_row(row) for row in rows], online
+
+    async def expire(self, grace_s: float) -> list[str]:
+        """Nodes that were silent for `grace_s` go offline; their ids."""
+        rows = await self._pool.fetch(EXPIRE, float(grace_s))
+        return [str(row["id"]) for row in rows]
+
+
+# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
+BEAT = """
+insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version)
+values ($1, $2, $3, 'online', clock_timestamp(), $4, $5::jsonb, $6)
+on conflict (id) do update set
+    hostname = excluded.hostname,
+    state = case when nodes.state in ('registered', 'connected', 'offline') then 'online' else nodes.state end,
+    epoch = nodes.epoch + (nodes.state = 'offline')::int,
+    last_heartbeat_at = excluded.last_heartbeat_at,
+    cached_models = excluded.cached_models,
+    gpu_status = excluded.gpu_status,
+    agent_version = excluded.agent_version
+where nodes.account_id = excluded.account_id
+returning epoch, state
+"""
+
+ENGINE = """
+insert into engines (node_id, engine_id, url, state, reason, restarts, models, block_size, kv_tokens)
+values ($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9)
+on conflict (node_id, engine_id) do update set
+    url = excluded.url, state = excluded.state, reason = excluded.reason, restarts = excluded.restarts,
+    models = excluded.models, block_size = excluded.block_size, kv_tokens = excluded.kv_tokens,
+    updated_at = clock_timestamp()
+"""
+
+READY = """
+select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
+from nodes n join engines e on e.node_id = n.id
+where n.state = 'online' and e.state = 'ready'
+order by n.id, e.engine_id
+"""
+
+EXPIRE = """
+update nodes set state = 'offline'
+where state in ('registered', 'connected', 'online', 'paused', 'draining')
+  and last_heartbeat_at < clock_timestamp() - make_interval(secs => $1)
+returning id
+"""
+
+
+def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
+    models = [
+        {"id": model.id, "context_length": model.context_length, "kind": model.kind, "parent": model.parent}
+        for model in engine.models
+    ]
+    return (
+        uuid.UUID(node_id), engine.engine_id, engine.url, engine.state, engine.reason, engine.restarts,
+        orjson.dumps(models).decode(), engine.block_size, engine.kv_tokens,
+    )  # fmt: skip
+
+
+def _engine_row(row: asyncpg.Record) -> EngineRow:
+    return EngineRow(
+        node_id=str(row["node_id"]),
+        engine_id=row["engine_id"],
+        account_id=row["account_id"],
+        url=row["url"],
+        restarts=row["restarts"],
+        models=tuple(orjson.loads(row["models"])),
+    )

@@ -1,0 +1,121 @@
+"""This worker's picture of the pool: rows become a snapshot, failures open breakers, probes close them.
+
+The rows are `nodes.heartbeats`', the choice `nodes.routing`'s. When PostgreSQL is away the last picture stays: the data
+plane outlives the control plane.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import asyncpg
+
+from config.clock import Clock
+from config.defaults import Settings
+from nodes.breaker import Breaker
+from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused, NodeStore
+from nodes.routing.snapshot import Engine, Model, Snapshot
+
+log = logging.getLogger("poolgate.nodes")
+
+RELOAD_RETRY_S = 1.0
+"""Pause before nodes are read again after PostgreSQL did not answer."""
+
+Probe = Callable[[Engine], Awaitable[bool]]
+
+
+class Registry:
+    """Keeps `snapshot` current. Engines keep their load and breaker from one snapshot to the next."""
+
+    def __init__(self, settings: Settings, networks: AllowedNetworks, clock: Clock) -> None:
+        self._settings = settings
+        self._networks = networks
+        self._clock = clock
+        self._engines: dict[str, Engine] = {}
+        self._wake = asyncio.Event()
+        self._probing: set[Engine] = set()
+        self.snapshot = Snapshot()
+        self.on_change: list[Callable[[Snapshot], None]] = []
+
+    def nodes_changed(self, _entity: str = "") -> None:
+        """Read the nodes again soon; for the change feed."""
+        self._wake.set()
+
+    def engine(self, key: str) -> Engine | None:
+        """An engine of the snapshot by its key."""
+        return self._engines.get(key)
+
+    def apply(self, rows: Iterable[EngineRow], nodes_online: int) -> None:
+        """Make the snapshot of these rows."""
+        engines: dict[str, Engine] = {}
+        for row in rows:
+            engine = self._engine(row)
+            if engine is not None:
+                engines[row.key] = engine
+        for key in self._engines.keys() - engines.keys():
+            log.info("engine %s left", key, extra={"action": "engine_left", "engine": key})
+        self._engines = engines
+        self.snapshot = Snapshot.of(engines.values(), nodes_online)
+        for callback in self.on_change:
+            callback(self.snapshot)
+
+    def _engine(self, row: EngineRow) -> Engine | None:
+        try:
+            address = self._networks.address(row.url)
+        except EngineUrlRefused as error:
+            log.warning("engine %s is not used: %s", row.key, error, extra={"action": "engine_refused"})
+            return None
+        models = {model["id"]: Model(**model) for model in row.models}
+        engine = self._engines.get(row.key)
+        if engine is None:
+            log.info("engine %s is ready with %s", row.key, ", ".join(models), extra={"action": "engine_ready"})
+            breaker = Breaker(self._settings)
+            return Engine(
+                row.key, row.node_id, row.engine_id, row.account_id, address.host, address.port, models, breaker, row.restarts
+            )  # fmt: skip
+        if (engine.host, engine.port, engine.incarnation) != (address.host, address.port, row.restarts):
+            engine.host, engine.port, engine.incarnation = address.host, address.port, row.restarts
+            engine.breaker.reset()
+        engine.models = models
+        return engine
+
+    def engine_answered(self, engine: Engine, is_broken: bool) -> None:
+        """A turn's verdict on its engine."""
+        if is_broken and engine.breaker.failed(self._clock.monotonic()):
+            log.warning(
+                "engine %s failed %d times in a row: no turns until it answers", engine.key, engine.breaker.failures,
+                extra={"action": "breaker_opened", "engine": engine.key},
+            )  # fmt: skip
+
+    async def run(self, store: NodeStore) -> None:
+        """Read the nodes whenever they changed, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                rows, online = await store.ready_engines()
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                log.warning("nodes can't be read: %s", error, extra={"action": "nodes_unreadable"})
+                await asyncio.sleep(RELOAD_RETRY_S)
+                self._wake.set()
+                continue
+            self.apply(rows, online)
+
+    async def run_probes(self, probe: Probe) -> None:
+        """Ask engines with an open breaker whether they live, each once at a time, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                now_s = self._clock.monotonic()
+                for engine in self.snapshot.engines:
+                    if engine.breaker.wants_probe(now_s) and engine not in self._probing:
+                        self._probing.add(engine)
+                        tasks.create_task(self._probe(engine, probe))
+                await asyncio.sleep(self._settings.breaker_open_s / 4)
+
+    async def _probe(self, engine: Engine, probe: Probe) -> None:
+        try:
+            is_good = await probe(engine)
+        finally:
+            self._probing.discard(engine)
+        if engine.breaker.is_open and engine.breaker.probed(is_good, self._clock.monotonic()):
+            log.info("engine %s answers again", engine.key, extra={"action": "breaker_closed", "engine": engine.key})
