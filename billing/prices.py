@@ -1,0 +1,190 @@
+"""The price book: what a model's tokens cost at a moment, and what a turn costs at those prices.
+
+A TOML file is read and checked once; afterwards everything here is pure integer arithmetic. Whose wallet
+pays, and when, is others' business.
+"""
+
+import datetime as dt
+import re
+import tomllib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billing.money import parse_amount
+
+TOKENS_PER_PRICE = 10**6
+"""Prices are for a million tokens, as the trade quotes them."""
+
+PACKAGED = Path(__file__).resolve().parent.parent / "config" / "pricebook.toml"
+
+DEFAULT = "default"
+PRICES = ("prompt", "cached_prompt", "completion")
+SIZES = ("context_length", "max_tokens", "vram_required_gb")
+TEXT_OF_A_PRICE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+
+
+class BadPriceBook(ValueError):
+    """The price book can't be used; the message names file, table, field and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One entry of the book: nano for a million tokens of each sort, and what /v1/models tells of it."""
+
+    model: str  # "default" for every model that the book does not name
+    prompt_nano: int
+    cached_nano: int
+    completion_nano: int
+    effective_from: float = 0.0  # unix seconds; 0: ever since
+    context_length: int | None = None
+    max_tokens: int | None = None
+    vram_required_gb: float | None = None
+
+    @property
+    def ref(self) -> str:
+        """Names this entry in a usage record, for ever: "model@2027-01-01T00:00:00Z", or "model@start"."""
+        if not self.effective_from:
+            return f"{self.model}@start"
+        return f"{self.model}@{dt.datetime.fromtimestamp(self.effective_from, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def cost_nano(price: Price, prompt: int, cached: int, completion: int) -> int:
+    """What a turn costs: exact, then rounded up once.
+
+    `prompt` includes the `cached` tokens, as OpenAI and vLLM count; an engine that reports more cached than
+    prompt tokens is believed up to all of them. ValueError for a negative count.
+    """
+    if min(prompt, cached, completion) < 0:
+        raise ValueError(
+            f"token counts can't be negative: prompt {prompt}, cached {cached}, completion {completion}"
+        )
+    cached = min(cached, prompt)
+    exact = (
+        (prompt - cached) * price.prompt_nano
+        + cached * price.cached_nano
+        + completion * price.completion_nano
+    )
+    return -(-exact // TOKENS_PER_PRICE)
+
+
+class PriceBook:
+    """Every entry, by model and moment."""
+
+    def __init__(self, entries: Mapping[str, tuple[Price, ...]]) -> None:
+        """`entries`: for each model, and for "default", its prices in the order of `effective_from`."""
+        self._entries = dict(entries)
+        self._starts = {
+            model: [price.effective_from for price in prices] for model, prices in entries.items()
+        }
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> "PriceBook":
+        """Read and check a file (None: the packaged one); raises BadPriceBook."""
+        file = path or PACKAGED
+        try:
+            with file.open("rb") as stream:
+                tables = tomllib.load(stream)
+        except OSError as error:
+            raise BadPriceBook(f"{file}: can't be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadPriceBook(f"{file}: not TOML: {error}") from error
+        return cls(_Reader(file).entries(tables))
+
+    def price(self, model: str, at: float) -> Price:
+        """The one entry for a turn of `model` that starts `at` (unix seconds)."""
+        name = model if model in self._entries else DEFAULT
+        entries = self._entries[name]
+        if len(entries) == 1:
+            return entries[0]
+        return entries[max(0, bisect_right(self._starts[name], at) - 1)]
+
+    def models(self) -> tuple[str, ...]:
+        """The models that the book names."""
+        return tuple(model for model in self._entries if model != DEFAULT)
+
+
+class _Reader:
+    """Turns TOML tables into entries; every complaint says where."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def entries(self, tables: dict[str, Any]) -> dict[str, tuple[Price, ...]]:
+        self._know("the top level", tables, (DEFAULT, "models"))
+        if DEFAULT not in tables:
+            raise BadPriceBook(f"{self._file}: [default] is missing: the prices of models that have no table")
+        models = tables.get("models", {})
+        if not isinstance(models, dict) or DEFAULT in models:
+            raise BadPriceBook(
+                f'{self._file}: [models."NAME"] tables are expected, and no model named {DEFAULT!r}'
+            )
+        found = {DEFAULT: self._model(DEFAULT, "[default]", tables[DEFAULT])}
+        for name, table in models.items():
+            found[name] = self._model(name, f'[models."{name}"]', table)
+        return found
+
+    def _model(self, model: str, where: str, table: Any) -> tuple[Price, ...]:
+        """A table holds the first prices; each `changes` entry holds the next ones and when they begin."""
+        self._know(where, table, (*PRICES, *SIZES, "changes"))
+        sizes = {name: self._size(where, name, table[name]) for name in SIZES if name in table}
+        prices = [Price(model, *self._prices(where, table), 0.0, **sizes)]
+        changes = table.get("changes", [])
+        if not isinstance(changes, list):
+            raise self._bad(where, "changes", changes, f"an array of tables, [[{where.strip('[]')}.changes]]")
+        for number, change in enumerate(changes, 1):
+            inside = f"{where} changes entry {number}"
+            self._know(inside, change, (*PRICES, "effective_from"))
+            start = self._moment(inside, change)
+            if start <= prices[-1].effective_from:
+                raise self._bad(
+                    inside, "effective_from", change["effective_from"], "later than the entry before it"
+                )
+            prices.append(Price(model, *self._prices(inside, change), start, **sizes))
+        return tuple(prices)
+
+    def _prices(self, where: str, table: dict[str, Any]) -> tuple[int, int, int]:
+        prompt, cached, completion = (self._price(where, name, table.get(name)) for name in PRICES)
+        if cached > prompt:
+            raise self._bad(where, "cached_prompt", table["cached_prompt"], "at most the price of `prompt`")
+        return prompt, cached, completion
+
+    def _price(self, where: str, name: str, value: Any) -> int:
+        allowed = 'a text of major units for a million tokens such as "0.40", 0 or more, at most 9 decimals'
+        if not isinstance(value, str) or TEXT_OF_A_PRICE.fullmatch(value) is None:
+            raise self._bad(where, name, value, allowed)
+        return parse_amount(value)
+
+    def _size(self, where: str, name: str, value: Any) -> Any:
+        kinds, allowed = (int, "a whole number, 1 or more")
+        if name == "vram_required_gb":
+            kinds, allowed = (int, float), "a number above 0"  # type: ignore[assignment]
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 10**9:
+            raise self._bad(where, name, value, allowed)
+        return value
+
+    def _moment(self, where: str, table: dict[str, Any]) -> float:
+        value = table.get("effective_from")
+        if isinstance(value, dt.datetime) and value.tzinfo is not None:
+            return value.timestamp()
+        if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
+            return dt.datetime(value.year, value.month, value.day, tzinfo=dt.UTC).timestamp()
+        raise self._bad(
+            where,
+            "effective_from",
+            value,
+            "a date (from 00:00 UTC) or a time with its offset, such as 2027-01-01",
+        )
+
+    def _know(self, where: str, table: Any, names: tuple[str, ...]) -> None:
+        if not isinstance(table, dict):
+            raise BadPriceBook(f"{self._file}: {where}: a table is expected, not {table!r}")
+        for name in table:
+            if name not in names:
+                raise self._bad(where, name, table[name], f"one of the fields {', '.join(names)}")
+
+    def _bad(self, where: str, name: str, value: Any, allowed: str) -> BadPriceBook:
+        found = "missing" if value is None else repr(value)
+        return BadPriceBook(f"{self._file}: {where} {name}: {found}; allowed: {allowed}")
