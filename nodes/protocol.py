@@ -1,7 +1,7 @@
-"""The messages between a node's agent and the gateway: the heartbeat and its reply, and how they read as JSON.
+"""The messages between a node's agent and the gateway: the heartbeat and its reply, as objects and as JSON.
 
-Field names are those of the marketplace contract plus our optional ones. What a gateway does with a heartbeat is left
-to `heartbeats`, what an agent puts into it to `agent`; a message of the other side is checked here and never trusted.
+Field names are those of the marketplace contract plus our optional ones; a message of the other side is
+checked here and never trusted. What a gateway does with one is left to `heartbeats`, what goes in to `agent`.
 """
 
 import math
@@ -19,7 +19,7 @@ ENGINE_STATES = (STARTING, READY, DRAINING, FAILED, STOPPED)
 GENERATE, POOLING = "generate", "pooling"
 MODEL_KINDS = (GENERATE, POOLING)
 
-# A heartbeat comes from another machine; these keep a broken or hostile one small. All are far above real use.
+# A heartbeat comes from another machine; these keep a broken or hostile one small, far above real use.
 ENGINES_MAX = 64
 MODELS_MAX = 512  # of one engine: a base model and its LoRA adapters
 CACHED_MODELS_MAX = 4096
@@ -62,7 +62,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
+class EngineReport:
     """One vLLM server of a node. `engine_id` is stable over restarts and unique in the node."""
 
     engine_id: str
@@ -87,7 +87,7 @@ class EngineInfo:
         }
 
     @classmethod
-    def from_json(cls, value: object) -> "EngineInfo":
+    def from_json(cls, value: object) -> "EngineReport":
         fields = _Fields(value, "engines[]")
         url = fields.text("url", required=True)
         if not url.startswith(("http://", "https://")):
@@ -138,7 +138,7 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """What an agent says of its node. Only `api_key` is required; a node without `node_id` is its key's only one."""
+    """What an agent says of its node. Only `api_key` is required; without `node_id` a key has one node."""
 
     api_key: str = field(repr=False)
     gpu_status: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Heartbeat:
     node_id: str = ""
     epoch: int = 0
     agent_version: str = ""
-    engines: tuple[EngineInfo, ...] = ()
+    engines: tuple[EngineReport, ...] = ()
     load: Mapping[str, EngineLoad] = field(default_factory=dict)  # by engine_id
 
     def to_json(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Heartbeat:
     def from_json(cls, value: object) -> "Heartbeat":
         """Raises `BadMessage`; absent and null are the same."""
         fields = _Fields(value, "")
-        engines = tuple(EngineInfo.from_json(item) for item in fields.items("engines", ENGINES_MAX))
+        engines = tuple(EngineReport.from_json(item) for item in fields.items("engines", ENGINES_MAX))
         known = {engine.engine_id for engine in engines}
         if len(known) != len(engines):
             raise BadMessage("engines[].engine_id must be unique in a node")
@@ -196,7 +196,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReply:
-    """What the gateway answers. Past `lease_s` without another good heartbeat the gateway takes the node as gone."""
+    """What the gateway answers. After `lease_s` without another good heartbeat it takes the node as gone."""
 
     message: str = "Heartbeat received"
     timestamp: str = ""
