@@ -1,6 +1,6 @@
 """What answers under /v1 look like, for the document; tests hold real answers against these.
 
-Engines write most of these fields, and newer engines write more: nothing here is used to check or to cut an answer.
+Engines write most of these fields, and newer engines write more: nothing here checks or cuts an answer.
 """
 
 from typing import Annotated, Any, Literal, Required, TypeAlias

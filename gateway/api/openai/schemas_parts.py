@@ -13,8 +13,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-"""JSON's own types, no conversions; unknown fields are dropped; NaN and Infinity are no numbers. A part gets it
-from the request that it is in."""
+"""JSON's own types, no conversions; unknown fields are dropped; NaN and Infinity are no numbers. A part
+gets it from the request that it is in."""
 
 # Bounds on lists keep one body from becoming millions of objects; they are OpenAI's where it documents one.
 MESSAGES_MAX = 2048

@@ -1,7 +1,7 @@
 """What a request to /v1/responses may say.
 
-It is stateless: nothing is stored, so what names stored things is refused, and so are tools that a server would run.
-Parts that chats have too are in `schemas_parts`.
+It is stateless: nothing is stored, so what names stored things is refused, and so are tools that a server
+would run. Parts that chats have too are in `schemas_parts`.
 """
 
 from typing import Annotated, Any, Literal, Required, TypeAlias
@@ -15,7 +15,6 @@ from gateway.api.openai.schemas_parts import (
     STRICT,
     TOOLS_MAX,
     DataUrl,
-    FunctionDefinition,
     Json,
     JsonObject,
     JsonObjectFormat,
@@ -151,10 +150,14 @@ Item: TypeAlias = Annotated[
 ]
 
 
-class FunctionTool(FunctionDefinition):
+class FunctionTool(TypedDict, total=False):
     """A function that the model may call."""
 
-    type: Literal["function"]
+    type: Required[Literal["function"]]
+    name: Required[Name]
+    description: str | None
+    parameters: JsonObject | None
+    strict: bool | None
 
 
 class FunctionChoice(TypedDict):
