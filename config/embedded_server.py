@@ -15,10 +15,11 @@ from typing import Any
 
 from config.procs import pdeathsig
 
-# A first start takes half a second. Replaying the write-ahead log after a crash can take minutes, and a server that
-# is still alive and says that it is starting is not to be given up earlier.
+# A first start takes half a second. Replaying the write-ahead log after a crash can take minutes, and a
+# server that is still alive and says that it is starting is not to be given up earlier.
 START_BOUND_S = 300.0
-# A shutdown writes at most one checkpoint (about 1 GB of log) or one append-only file; past it the server is killed.
+# A shutdown writes at most one checkpoint (about 1 GB of log) or one append-only file; past it the server is
+# killed.
 STOP_BOUND_S = 20.0
 # A killed PostgreSQL frees its shared memory when its last backend notices; that took less than a second.
 MEMORY_BOUND_S = 15.0
@@ -114,10 +115,11 @@ class Server:
         # Private: PostgreSQL logs the text of a statement that failed.
         with open(program.log, "ab", opener=_private) as log:
             log_start = log.tell()
-            self._process = subprocess.Popen(
-                program.argv, cwd=program.folder, env=program.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=pdeathsig(program.stop_signal),
-                **as_user(program.user),
+            self._process = subprocess.Popen(  # noqa: S603 - our own program and arguments
+                program.argv, cwd=program.folder, env=program.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal is for their owner, which stops them last
+                preexec_fn=pdeathsig(program.stop_signal), **as_user(program.user),
             )  # fmt: skip
         if self._await_ready(self._process):
             return None
@@ -141,8 +143,9 @@ def as_user(user: tuple[int, int] | None) -> dict[str, Any]:
 def stop_leftover(program: Program) -> None:
     """Stop what an earlier owner of the data folder left running, and forget its pid file.
 
-    Only called by the holder of the folder's lock, so whoever still runs there has lost its owner: it is on its way
-    out after a death signal, or the system (macOS) has none. A pid that meanwhile names another program is not touched.
+    Only called by the holder of the folder's lock, so whoever still runs there has lost its owner: it is on
+    its way out after a death signal, or the system (macOS) has none. A pid that meanwhile names another
+    program is not touched.
     """
     pid = read_pid(program.pid_file)
     if pid is None:
@@ -177,14 +180,13 @@ def program_of(pid: int) -> str:
             return Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:
             return ""
-    listed = subprocess.run(
-        ["ps", "-o", "comm=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
+    command = ["ps", "-o", "comm=", "-p", str(pid)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - only a number varies
     return Path(listed.stdout.strip()).name
 
 
 def works_in(pid: int, folder: Path) -> bool:
-    """True if `folder` is the working folder of the process; its name alone has to do where the system doesn't tell."""
+    """True if `folder` is the working folder of the process, or where the system doesn't tell."""
     if not _HAS_PROC:
         return True
     try:

@@ -1,6 +1,7 @@
-"""Owns how the Valkey of a data folder is called: where its binary lies, its options, how it says that it is ready.
+"""Owns how the Valkey of a data folder is called: its binary, its options, how it says that it is ready.
 
-Running it is `embedded_server`'s part. It writes into `valkey/` of the data folder, which only its user can read.
+Running it is `embedded_server`'s part. It writes into `valkey/` of the data folder, which only its user
+reads.
 """
 
 import importlib.util
@@ -29,8 +30,8 @@ def installed() -> Path:
         if program.is_file():
             return program
     raise EmbeddedStartFailed(
-        f"the Python package {PACKAGE} brings no Valkey for {sys.platform} {machine} here: install it, or set REDIS_URL "
-        "to a Valkey or Redis server"
+        f"the Python package {PACKAGE} brings no Valkey for {sys.platform} {machine} here: install it, or "
+        "set REDIS_URL to a Valkey or Redis server"
     )
 
 
@@ -59,7 +60,8 @@ def prepare(data_dir: Path, socket_dir: Path) -> Program:
     chosen = [part for name, value in options.items() for part in (f"--{name}", value)]
     address = folder_of(socket_dir) / SOCKET
     return Program(
-        name="valkey", argv=(str(installed()), *chosen), folder=folder, log=data_dir / "valkey.log", pid_file=pid_file,
+        name="valkey", argv=(str(installed()), *chosen), folder=folder, log=data_dir / "valkey.log",
+        pid_file=pid_file,
         is_ready=lambda _pid: answers(address), stop_signal=signal.SIGTERM,
         # Run by root on a user's data folder, it must not leave files there that the user can't read.
         user=(owner.st_uid, owner.st_gid) if os.geteuid() == 0 and owner.st_uid != 0 else None,

@@ -19,8 +19,9 @@ _counter = 0
 def uuid7() -> uuid.UUID:
     """A UUIDv7 (RFC 9562 5.7), greater than every one that this process made before.
 
-    The bits after the millisecond are a 42-bit counter, seeded at random each millisecond with its top bit clear
-    (RFC 9562 6.2, method 1), and 32 random bits. A clock that goes back does not: the last millisecond stays.
+    The bits after the millisecond are a 42-bit counter, seeded at random each millisecond with its top bit
+    clear (RFC 9562 6.2, method 1), and 32 random bits. A clock that goes back does not: the last millisecond
+    stays.
     """
     global _last_ms, _counter
     now_ms = time.time_ns() // 1_000_000

@@ -1,6 +1,6 @@
 """Owns connections to PostgreSQL and the migrations of its schema: plain SQL files, in order, forward only.
 
-What the tables mean is left to whoever wrote `sql/NNNN_name.sql`; whether PostgreSQL is ours or not, to `embedded`.
+What the tables mean is left to whoever wrote `sql/NNNN_name.sql`; where PostgreSQL comes from, to `embedded`.
 """
 
 import asyncio
@@ -15,9 +15,11 @@ import asyncpg
 SQL_FOLDER = Path(__file__).parent / "sql"
 APPLICATION_NAME = "poolgate"
 
-# The server ends a statement at `timeout_s`; the client waits a little longer, so that the server's own error arrives.
+# The server ends a statement at `timeout_s`; the client waits a little longer, so that the server's own error
+# arrives.
 _CLIENT_PATIENCE_S = 0.5
-# Idle connections beyond the first are given back after this, so that a burst doesn't hold the server's slots.
+# Idle connections beyond the first are given back after this, so that a burst doesn't hold the server's
+# slots.
 _IDLE_LIFETIME_S = 300.0
 # Two gateways that start together: the second waits for the first one's migrations.
 _MIGRATION_WAIT_S = 600.0
@@ -70,8 +72,9 @@ async def migrate(
 ) -> list[str]:
     """Apply the files that the database lacks, each in a transaction of its own; the names applied, in order.
 
-    Any number of processes may call it at once: one does it, the others wait. Raises MigrationRefused where an applied
-    file was changed, is missing (the database is newer than this code) or would have to be slipped in between.
+    Any number of processes may call it at once: one does it, the others wait. Raises MigrationRefused where
+    an applied file was changed or is missing (the database is newer than this code), or where a file would
+    have to be slipped in between.
     """
     wanted = read_migrations(folder)
     connection = await asyncpg.connect(
@@ -91,7 +94,7 @@ async def migrate(
 
 
 def read_migrations(folder: Path) -> list[Migration]:
-    """The files of a folder in order. Raises MigrationRefused for a name or number that leaves the order open."""
+    """The files of a folder in order; MigrationRefused for a name or number that leaves the order open."""
     found: list[Migration] = []
     for path in sorted(folder.glob("*.sql")):
         if not _FILE_NAME.fullmatch(path.name):
@@ -109,12 +112,13 @@ def to_apply(wanted: Sequence[Migration], applied: Sequence[tuple[str, str]]) ->
     for name, checksum in applied:
         if name not in by_name:
             raise MigrationRefused(
-                f"the database has migration {name}, which this poolgate does not know: it is older than the database. "
-                "Run the newer one"
+                f"the database has migration {name}, which this poolgate does not know: it is older than the "
+                "database. Run the newer one"
             )
         if by_name[name].checksum != checksum:
             raise MigrationRefused(
-                f"migration {name} was changed after it was applied: restore the file, and put the change into a new one"
+                f"migration {name} was changed after it was applied: restore the file, and put the change "
+                "into a new one"
             )
     done = {name for name, _ in applied}
     last = max(done, default="")

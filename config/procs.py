@@ -1,4 +1,4 @@
-"""Owns that no process outlives its parent: a pipe whose end says so, and Linux's death signal for foreign programs.
+"""Owns that no process outlives its parent: a pipe whose end says so, and Linux's death signal.
 
 What a process does to end well, and who restarts it, is left to its owner.
 """
@@ -21,12 +21,13 @@ _PR_SET_PDEATHSIG = 1
 class Child(subprocess.Popen[bytes]):
     """A child process that holds the reading end of a pipe of ours, its lifeline.
 
-    We keep the only writing end and write nothing, so the child reads end-of-file when we are gone, in whatever way.
-    It works only where the child calls `die_with_parent`; other programs want `pdeathsig`.
+    We keep the only writing end and write nothing, so the child reads end-of-file when we are gone, in
+    whatever way. It works only where the child calls `die_with_parent`; other programs want `pdeathsig`.
     """
 
     def __init__(self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
-        # Python makes pipes close-on-exec, so no other child of ours inherits the writing end and keeps it open.
+        # Python makes pipes close-on-exec, so no other child of ours inherits the writing end and keeps it
+        # open.
         reading, self._lifeline = os.pipe()
         environment = {**(os.environ if env is None else env), PARENT_FD: str(reading)}
         passed = (*options.pop("pass_fds", ()), reading)
@@ -80,8 +81,8 @@ def spawn_python(module: str, *args: str, **options: Any) -> Child:
 def die_with_parent(on_death: Callable[[], None] | None = None, *, bound_s: float = 10.0) -> bool:
     """End this process when the one that spawned it is gone; False if it was not started by `spawn`.
 
-    `on_death` runs in a thread of its own; without it this process gets SIGTERM, as if it had been asked to stop.
-    Whatever it then does, it is gone after `bound_s` seconds.
+    `on_death` runs in a thread of its own; without it this process gets SIGTERM, as if it had been asked to
+    stop. Whatever it then does, it is gone after `bound_s` seconds.
     """
     value = os.environ.pop(PARENT_FD, "")  # popped: our own children must not take the number for theirs
     if not value.isdigit():
@@ -101,8 +102,8 @@ def die_with_parent(on_death: Callable[[], None] | None = None, *, bound_s: floa
 def pdeathsig(death_signal: int) -> Callable[[], None]:
     """A `preexec_fn` by which Linux signals the child when we die; on other systems it does nothing.
 
-    Linux watches the thread that forks, not the process: a child started from a worker thread would be signalled
-    when that thread ends. So it refuses every thread but the main one.
+    Linux watches the thread that forks, not the process: a child started from a worker thread would be
+    signalled when that thread ends. So it refuses every thread but the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(

@@ -1,6 +1,7 @@
-"""Builds the one frozen Settings object: defaults, then a TOML file, then the environment, then the command line.
+"""Builds the one frozen Settings object from defaults, a TOML file, the environment and the command line.
 
-What settings there are, and what each allows, is said by `defaults`; the command line's parser is the gateway's.
+What settings there are, and what each allows, is said by `defaults`; the parser of the command line is the
+gateway's.
 """
 
 import difflib
@@ -37,9 +38,10 @@ class BadSetting(ValueError):
 def load_settings(
     file: Path | None = None, environ: Mapping[str, str] = os.environ, **overrides: Any
 ) -> Settings:
-    """All settings, checked. Later ones win: defaults, the file, DATABASE_URL and REDIS_URL, POOLGATE_*, `overrides`.
+    """All settings, checked. Raises BadSetting.
 
-    `file` falls back to POOLGATE_CONFIG. An override of None was not given. Raises BadSetting.
+    Later ones win: defaults, the file, DATABASE_URL and REDIS_URL, POOLGATE_*, `overrides`. `file` falls back
+    to POOLGATE_CONFIG. An override of None was not given.
     """
     if file is None and environ.get(FILE_VARIABLE):
         file = Path(environ[FILE_VARIABLE])
@@ -69,7 +71,7 @@ def allowed(knob: Field[Any]) -> str:
 
 
 def check_relations(settings: Settings) -> None:
-    """Refuse settings that are fine alone and wrong together, or whose text means nothing. Raises BadSetting."""
+    """Refuse settings that are fine alone and wrong together, or whose text means nothing (BadSetting)."""
     for name, is_fine, wanted in _RULES:
         try:
             fine = is_fine(settings)
@@ -107,8 +109,10 @@ _RULES: tuple[_Rule, ...] = (
     _above("heartbeat_grace_s", "heartbeat_interval_s", "a node would leave between two heartbeats"),
     _above("change_overlap_s", "database_timeout_s", "a change that is committed late would be missed"),
     _above("change_overlap_s", "change_poll_s", "changes between two polls would be missed"),
-    _above("breaker_open_max_s", "breaker_open_s", "the longest pause can't be shorter than the first", or_equal=True),
-    _above("engine_restart_max_s", "engine_restart_s", "the longest pause can't be shorter than the first", or_equal=True),
+    _above("breaker_open_max_s", "breaker_open_s", "the longest is no shorter than the first", or_equal=True),
+    _above(
+        "engine_restart_max_s", "engine_restart_s", "the longest is no shorter than the first", or_equal=True
+    ),
     _above("usage_pending_max", "usage_batch_max", "a full batch must fit", or_equal=True),
     _above("complete_tokens_max", "default_model_tokens", "the default would be refused", or_equal=True),
     (
@@ -118,13 +122,13 @@ _RULES: tuple[_Rule, ...] = (
     _text("host", bool, "an address; 0.0.0.0 is every one"),
     _text("data_dir", bool, "the path of a folder"),
     _text("currency", lambda text: bool(re.fullmatch("[A-Z]{3}", text)), "three capital letters (ISO 4217)"),
-    _text("node_networks", _are_networks, "networks like 10.0.0.0/8, comma separated, with no bits beyond the mask"),
+    _text("node_networks", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),
     _text(
         "database_url", lambda url: not url or url.startswith(("postgresql://", "postgres://")),
         "empty, or start with postgresql://",
     ),
     _text(
-        "redis_url", lambda url: not url or url.startswith(("redis://", "rediss://", "unix://", "valkey://", "valkeys://")),
+        "redis_url", lambda url: not url or url.startswith(("redis://", "rediss://", "unix://")),
         "empty, or start with redis://, rediss:// or unix://",
     ),
 )  # fmt: skip
@@ -195,7 +199,7 @@ def _checked(knob: Field[Any], value: Any, source: str) -> Any:
         value = float(value)
     is_fine = (
         type(value) is kind
-        and (kind is not float or math.isfinite(value))
+        and not (isinstance(value, float) and not math.isfinite(value))
         and (meta["low"] is None or value >= meta["low"])
         and (meta["high"] is None or value <= meta["high"])
         and (not meta["choices"] or value in meta["choices"])
@@ -207,7 +211,8 @@ def _checked(knob: Field[Any], value: Any, source: str) -> Any:
 
 def _bad(knob: Field[Any], value: Any, source: str) -> BadSetting:
     return BadSetting(
-        f"{knob.name} = {_shown(knob, value)} ({source}): allowed is {allowed(knob)}. It is the {knob.metadata['why']}"
+        f"{knob.name} = {_shown(knob, value)} ({source}): allowed is {allowed(knob)}. "
+        f"What it is: {knob.metadata['why']}"
     )
 
 
@@ -220,8 +225,9 @@ def _kind(knob: Field[Any]) -> type:
     return knob.type
 
 
-def _plain(number: float) -> str:
-    return repr(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
+def _plain(value: object) -> str:
+    """5 for 5.0: a whole number reads better without its point."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def markdown() -> Iterator[str]:
@@ -231,9 +237,9 @@ def markdown() -> Iterator[str]:
     yield "Printed by `python -m config.settings --markdown`; the list itself is `config/defaults.py`."
     yield ""
     yield (
-        "Later ones win: the default, a line in the TOML file that `--config` or `POOLGATE_CONFIG` names, the variable "
-        "`POOLGATE_` + the name in capitals (`DATABASE_URL` and `REDIS_URL` also work by these names), the command line. "
-        "An unknown name or a value that is not allowed is refused at start."
+        "Later ones win: the default, a line in the TOML file that `--config` or `POOLGATE_CONFIG` names, "
+        "the variable `POOLGATE_` + the name in capitals (`DATABASE_URL` and `REDIS_URL` also work by these "
+        "names), the command line. An unknown name or a value that is not allowed is refused at start."
     )
     yield ""
     yield "| setting | default | allowed | what it is, and why |"

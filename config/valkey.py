@@ -8,13 +8,16 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-# Commands in flight at once from one process; each takes about 60 microseconds, so more only queue in the server.
+# Commands in flight at once from one process; each takes about 60 microseconds, so more only queue in the
+# server.
 CONNECTIONS_MAX = 32
 
 
 def open_valkey(url: str, *, timeout_s: float) -> Redis:
-    """A client that connects at its first command. `timeout_s` bounds waiting for a free connection, connecting, and
-    each answer; past one of them the command raises redis.exceptions.TimeoutError or ConnectionError.
+    """A client that connects at its first command, and again at the next one after a failure.
+
+    `timeout_s` bounds waiting for a free connection, connecting, and each answer; past one of them the
+    command raises redis.exceptions.TimeoutError or ConnectionError.
 
     Give `pubsub.get_message` a timeout of its own; `listen` would wait for ever.
     """

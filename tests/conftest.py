@@ -1,4 +1,4 @@
-"""Fixtures of every test: one embedded PostgreSQL and Valkey a run, and in it a fresh database and an empty store a test."""
+"""Fixtures of every test: PostgreSQL and Valkey started once a run, in them a fresh database for each."""
 
 import asyncio
 import itertools
@@ -98,7 +98,8 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
     """Settings over this test's stores, with short intervals; `dataclasses.replace` changes one."""
     return load_settings(
         environ={}, database_url=database_url, redis_url=redis_url, data_dir=str(tmp_path / "data"),
-        key_pepper="pepper-of-the-tests", valkey_timeout_s=TEST_TIMEOUT_S, change_poll_s=0.05, usage_flush_s=0.02,
+        key_pepper="pepper-of-the-tests", valkey_timeout_s=TEST_TIMEOUT_S, change_poll_s=0.05,
+        usage_flush_s=0.02,
         load_share_s=0.02, health_interval_s=0.1, heartbeat_interval_s=0.2, heartbeat_grace_s=2.0,
         breaker_open_s=0.05, engine_poll_s=0.05, engine_restart_s=0.05, connect_timeout_s=TEST_TIMEOUT_S,
         shutdown_grace_s=5.0,
