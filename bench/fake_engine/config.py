@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--enable-server-load-tracking", action="store_true")
     parser.add_argument("--enable-auto-tool-choice", action="store_true")
     parser.add_argument("--tool-call-parser")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument(
         "--dev-mode", action="store_true", help="as VLLM_SERVER_DEV_MODE=1: /sleep, /pause, ..."
