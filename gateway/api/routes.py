@@ -4,6 +4,7 @@ It owns the declarations and their registration in aiohttp; checking credentials
 edge's work in `gateway/app.py`, and `gateway/api/openapi.py` writes the document from what is declared here.
 """
 
+import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -13,8 +14,9 @@ from aiohttp import web
 from gateway.errors import Surface
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Auth: TypeAlias = Literal["open", "key", "node"]
-"""Who may call: anyone, the holder of an API key, or a node's agent (its provider key is in the body)."""
+Auth: TypeAlias = Literal["open", "optional", "key", "node"]
+"""Who may call: anyone; anyone, and a key changes the answer; the holder of an API key; a node's agent, whose
+provider key is in the body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Routes:
 
         `answers` maps a status to a declared type (JSON), a `Media`, a tuple of these, or an `Answer`; None
         is an empty body. `errors` are the statuses of errors to document beside those that every route has.
+        The description is the handler's docstring unless one is given.
         """
         route = Route(
             method=method.upper(),
@@ -115,7 +118,7 @@ class Routes:
             surface=self.surface,
             tag=self.tag,
             summary=summary,
-            description=description,
+            description=description or inspect.getdoc(handler) or "",
             auth=auth,
             body=body,
             errors=tuple(errors),

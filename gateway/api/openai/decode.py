@@ -1,7 +1,7 @@
 """Request bodies under /v1 to checked dicts: one pass reads, validates and drops what is not declared.
 
 What comes out is what is edited and sent on, so a body can't mean one thing here and another to an engine.
-Fields are declared in `schemas_requests` and `schemas_responses`; here are the rules that span several of them.
+The fields are in `schemas_requests` and `schemas_responses`; here are the rules that span several of them.
 """
 
 from typing import Any, TypeAlias

@@ -51,8 +51,8 @@ def explain(error: ValidationError, body: bytes) -> BadRequest:
 def _clearest(found: list[ErrorDetails], places: list[Place]) -> Place:
     """Of the complaints about the first wrong field, the place to report.
 
-    A union complains once for each branch that it tried. A branch whose type fits and whose bound does not is the
-    one that was meant; else the deepest place says most ("the third part has no text", not "this is no string").
+    A union complains once for each branch that it tried. A branch whose type fits and whose bound does not is
+    the one that was meant; else the deepest place says most ("the third part has no text", not "no string").
     """
     mine = [(item, place) for item, place in zip(found, places, strict=True) if place[:1] == places[0][:1]]
     for item, place in mine:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Required, TypeAlias
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from gateway.api.routes import Media
+
 CostHalala: TypeAlias = Annotated[
     int, Field(ge=0, description="Cost in minor units of the currency, rounded up; the wallet moves exactly")
 ]
@@ -243,14 +245,35 @@ class CompleteEvent(TypedDict, total=False):
     cost_halala: CostHalala
 
 
-CHAT_STREAM = (
-    "Server-sent events: `data: ` and a `chat.completion.chunk`, last `data: [DONE]`. "
-    "A failure after the start is an event with `error`; no `[DONE]` follows it."
+EVENTS = "text/event-stream"
+
+CHAT_ANSWERS = (
+    Media(shape=ChatAnswer, description="The completion; where `stream` is true, its events"),
+    Media(
+        EVENTS,
+        ChatChunk,
+        "`data: ` and a `chat.completion.chunk` an event, last `data: [DONE]`. "
+        "A failure after the start is an event with `error`, and no `[DONE]` follows it.",
+    ),
 )
-COMPLETION_STREAM = "Server-sent events: `data: ` and a part of the completion, last `data: [DONE]`."
-RESPONSES_STREAM = "Server-sent events, named as OpenAI's; `response.completed` is the last one."
-COMPLETE_STREAM = (
-    'Token delta events: `data: {"text": "...", "index": 0}`\n\n'
-    'Final event: `data: {"finish_reason": "stop", "usage": {...}, "cost_halala": N}`\n\n'
-    "Terminator: `data: [DONE]`"
+
+COMPLETION_ANSWERS = (
+    Media(shape=CompletionAnswer, description="The completion; where `stream` is true, its events"),
+    Media(EVENTS, CompletionAnswer, "`data: ` and a part of the completion an event, last `data: [DONE]`."),
+)
+
+RESPONSES_ANSWERS = (
+    Media(shape=ResponsesAnswer, description="The response; where `stream` is true, its events"),
+    Media(
+        EVENTS,
+        description="Events named as OpenAI's; `response.completed` is the last one, without `[DONE]`.",
+    ),
+)
+
+COMPLETE_STREAM = Media(
+    EVENTS,
+    CompleteEvent,
+    'Token delta events: `data: {"text": "...", "index": 0}\\n\\n`. '
+    'Final event: `data: {"finish_reason": "stop", "usage": {...}, "cost_halala": N}\\n\\n`. '
+    "Terminator: `data: [DONE]\\n\\n`",
 )

@@ -67,7 +67,7 @@ class Refused:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"description": f"Not supported. {self.reason}"}
+        return {"enum": [*self.harmless, None], "description": f"Not supported. {self.reason}"}
 
     def check(self, value: Any) -> None:
         """Raise unless `value` is one of those that change nothing."""
