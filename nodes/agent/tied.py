@@ -4,10 +4,13 @@ Holds the write end of the watchdog's pipe. What the command does, and what its 
 affair.
 """
 
+import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +47,9 @@ class TiedProcess:
             raise
         finally:
             os.close(read_end)
-        self._closed = False
+        self._lock = threading.Lock()  # `kill` and `wait` come from different threads
+        self._is_closed = False
+        self._is_swept = False
 
     @property
     def pid(self) -> int:
@@ -66,6 +71,18 @@ class TiedProcess:
         assert code is not None
         return code
 
+    def exit_future(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[int]":
+        """Done with the exit code at the moment of the end. A thread waits: that works on every system."""
+        future: asyncio.Future[int] = loop.create_future()
+
+        def wait() -> None:
+            code = self.wait()
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody asks any more
+                loop.call_soon_threadsafe(_settle, future, code)
+
+        threading.Thread(target=wait, name=f"exit-{self.pid}", daemon=True).start()
+        return future
+
     def terminate(self) -> None:
         """Ask the command, and only it, to end in order."""
         if self._process.poll() is None:
@@ -73,14 +90,21 @@ class TiedProcess:
 
     def kill(self) -> None:
         """End the command and every descendant now; `poll` tells when that is done."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._tie)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                os.close(self._tie)
 
     def _sweep(self) -> None:
         """After the watchdog's end: its group holds only what a watchdog killed itself could not end."""
         self.kill()
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return
+        with self._lock:
+            if not self._is_swept:  # once: later the number may be another group's
+                self._is_swept = True
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _settle(future: "asyncio.Future[int]", code: int) -> None:
+    if not future.done():
+        future.set_result(code)
