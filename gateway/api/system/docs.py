@@ -4,7 +4,9 @@ The document is written once and kept as bytes; Swagger UI's files come from a p
 from elsewhere. What the document says is `gateway/api/openapi.py`'s.
 """
 
+import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ import orjson
 import yaml
 from aiohttp import hdrs, web
 
-from gateway.api.routes import Media, Query, Routes
+from gateway.api.openapi import openapi_document
+from gateway.api.routes import Media, Query, Routes, RouteSet
 from gateway.errors import BadRequest, NotFound
 
 UI_FILES = {
@@ -61,6 +64,27 @@ START = """window.ui = SwaggerUIBundle({
   presets: [SwaggerUIBundle.presets.apis],
 });
 """
+
+
+INTRODUCTION = """One OpenAI-compatible endpoint over a pool of GPU hosts.
+
+Point an OpenAI SDK at `/v1` with a key of yours. Amounts named `*_halala` are integers in minor units of the
+currency. Every answer carries `x-request-id`; name it when you ask about a request. Unknown request fields are
+ignored, and null means a field's default."""
+
+
+def routes_of(route_sets: Iterable[RouteSet], *, server_url: str = "/") -> Routes:
+    """The routes that serve the document of `route_sets` and of themselves; it is written here, once."""
+    docs = ApiDocs()
+    document = openapi_document(
+        [*route_sets, docs.routes],
+        title="poolgate",
+        version=importlib.metadata.version("poolgate"),
+        server_url=server_url,
+        description=INTRODUCTION,
+    )
+    docs.publish(document)
+    return docs.routes
 
 
 class ApiDocs:
