@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from config.procs import pdeathsig
 
@@ -115,12 +115,7 @@ class Server:
         # Private: PostgreSQL logs the text of a statement that failed.
         with open(program.log, "ab", opener=_private) as log:
             log_start = log.tell()
-            self._process = subprocess.Popen(  # noqa: S603 - our own program and arguments
-                program.argv, cwd=program.folder, env=program.environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in a terminal is for their owner, which stops them last
-                preexec_fn=pdeathsig(program.stop_signal), **as_user(program.user),
-            )  # fmt: skip
+            self._process = _run(program, log)
         if self._await_ready(self._process):
             return None
         self.stop()
@@ -133,6 +128,18 @@ class Server:
                 return True
             time.sleep(_POLL_S)
         return False
+
+
+def _run(program: Program, log: BinaryIO) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(  # noqa: S603 - our own program and arguments
+            program.argv, cwd=program.folder, env=program.environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is for their owner, which stops them last
+            preexec_fn=pdeathsig(program.stop_signal), **as_user(program.user),
+        )  # fmt: skip
+    except OSError as error:
+        raise EmbeddedStartFailed(f"{program.argv[0]} can't be run in {program.folder}: {error}") from error
 
 
 def as_user(user: tuple[int, int] | None) -> dict[str, Any]:
@@ -150,16 +157,13 @@ def stop_leftover(program: Program) -> None:
     pid = read_pid(program.pid_file)
     if pid is None:
         return
-    signals = iter((None, program.stop_signal, signal.SIGKILL))
-    deadline = time.monotonic()
     executable = Path(program.argv[0]).name
+    deadline, wanted = time.monotonic(), program.stop_signal
     while program_of(pid) == executable and works_in(pid, program.folder):
         if time.monotonic() >= deadline:
-            deadline = time.monotonic() + STOP_BOUND_S / 4
-            wanted = next(signals, signal.SIGKILL)
-            if wanted is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, wanted)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, wanted)
+            deadline, wanted = time.monotonic() + STOP_BOUND_S, signal.SIGKILL
         time.sleep(_POLL_S)
     program.pid_file.unlink(missing_ok=True)
 
