@@ -9,8 +9,14 @@ from typing import Any
 
 
 def knob(
-    default: Any, why: str, *, low: float | None = None, high: float | None = None, unit: str = "",
-    choices: tuple[str, ...] = (), secret: bool = False,
+    default: Any,
+    why: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
     """One setting: `low` and `high` are allowed themselves; `secret` values are never shown or logged."""
     meta = {"why": why, "low": low, "high": high, "unit": unit, "choices": choices, "secret": secret}
@@ -25,103 +31,185 @@ class Settings:
     host: str = knob("127.0.0.1", "address that the gateway listens on; 0.0.0.0 opens it to the network")
     port: int = knob(8080, "port that the gateway listens on", low=1, high=65535)
     workers: int = knob(
-        1, "gateway processes; one fills a core at some thousand turns a second", low=1, high=256, unit="processes"
+        1,
+        "gateway processes; one fills a core at some thousand turns a second",
+        low=1,
+        high=256,
+        unit="processes",
     )
     body_bytes_max: int = knob(
-        10 * 2**20, "largest request body: a full context as text is about 1 MiB, the rest is room for images as data: URLs",
-        low=1024, high=512 * 2**20, unit="bytes",
+        10 * 2**20,
+        "largest request body: a full context as text is about 1 MiB, the rest is room for images as data: URLs",
+        low=1024,
+        high=512 * 2**20,
+        unit="bytes",
     )
     header_bytes_max: int = knob(
-        8190, "longest request line and longest single header, as nginx and Apache allow", low=1024, high=65536, unit="bytes"
+        8190,
+        "longest request line and longest single header, as nginx and Apache allow",
+        low=1024,
+        high=65536,
+        unit="bytes",
     )
     answer_bytes_max: int = knob(
-        64 * 2**20, "largest answer of an engine that is not a stream (logprobs of n answers are the largest)",
-        low=65536, high=2**30, unit="bytes",
+        64 * 2**20,
+        "largest answer of an engine that is not a stream (logprobs of n answers are the largest)",
+        low=65536,
+        high=2**30,
+        unit="bytes",
     )
     shutdown_grace_s: float = knob(
-        30.0, "how long begun turns may go on after SIGTERM before they are cut", low=0, high=3600, unit="seconds"
+        30.0,
+        "how long begun turns may go on after SIGTERM before they are cut",
+        low=0,
+        high=3600,
+        unit="seconds",
     )
 
     # --- relay ----------------------------------------------------------------------------------------------------
     connect_timeout_s: float = knob(
-        2.0, "connecting to an engine; a host that takes longer is as good as gone", low=0.05, high=60, unit="seconds"
+        2.0,
+        "connecting to an engine; a host that takes longer is as good as gone",
+        low=0.05,
+        high=60,
+        unit="seconds",
     )
     first_byte_timeout_s: float = knob(
-        300.0, "from dispatch to the engine's first event: long prefill and queueing are not death",
-        low=1, high=3600, unit="seconds",
+        300.0,
+        "from dispatch to the engine's first event: long prefill and queueing are not death",
+        low=1,
+        high=3600,
+        unit="seconds",
     )
     chunk_timeout_s: float = knob(
-        60.0, "silence inside a begun answer: a stopped vLLM leaves its connection open for ever",
-        low=0.1, high=3600, unit="seconds",
+        60.0,
+        "silence inside a begun answer: a stopped vLLM leaves its connection open for ever",
+        low=0.1,
+        high=3600,
+        unit="seconds",
     )
     answer_timeout_s: float = knob(
-        600.0, "whole answer that is not a stream, OpenAI's own SDK time-out", low=1, high=7200, unit="seconds"
+        600.0,
+        "whole answer that is not a stream, OpenAI's own SDK time-out",
+        low=1,
+        high=7200,
+        unit="seconds",
     )
     complete_timeout_s: float = knob(
-        120.0, "/v1/complete ends with finish_reason `timeout` after this (contract)", low=1, high=3600, unit="seconds"
+        120.0,
+        "/v1/complete ends with finish_reason `timeout` after this (contract)",
+        low=1,
+        high=3600,
+        unit="seconds",
     )
     keepalive_comment_s: float = knob(
-        10.0, "a waiting stream gets an SSE comment this often, before load balancers (30-60 s) cut it",
-        low=0.05, high=300, unit="seconds",
+        10.0,
+        "a waiting stream gets an SSE comment this often, before load balancers (30-60 s) cut it",
+        low=0.05,
+        high=300,
+        unit="seconds",
     )
     engine_idle_s: float = knob(
-        4.0, "idle connections older than this are not used again: vLLM's server closes them at 5 s",
-        low=0, high=3600, unit="seconds",
+        4.0,
+        "idle connections older than this are not used again: vLLM's server closes them at 5 s",
+        low=0,
+        high=3600,
+        unit="seconds",
     )
     engine_idle_connections_max: int = knob(
-        256, "idle connections kept for one engine by one worker; more is only memory", low=0, high=65536, unit="connections"
+        256,
+        "idle connections kept for one engine by one worker; more is only memory",
+        low=0,
+        high=65536,
+        unit="connections",
     )
     engine_turns_max: int = knob(
-        8192, "turns in flight to one engine from one worker: bounds sockets below a common descriptor limit",
-        low=1, high=1_000_000, unit="turns",
+        8192,
+        "turns in flight to one engine from one worker: bounds sockets below a common descriptor limit",
+        low=1,
+        high=1_000_000,
+        unit="turns",
     )
     stream_buffer_bytes: int = knob(
-        65536, "bytes waiting for a slow client before its engine's socket is paused", low=4096, high=2**24, unit="bytes"
+        65536,
+        "bytes waiting for a slow client before its engine's socket is paused",
+        low=4096,
+        high=2**24,
+        unit="bytes",
     )
     client_stall_s: float = knob(
-        120.0, "a client that reads nothing for this long while bytes wait for it is taken as gone: its turn holds an engine slot",
-        low=1, high=3600, unit="seconds",
+        120.0,
+        "a client that reads nothing for this long while bytes wait for it is taken as gone: its turn holds an engine slot",
+        low=1,
+        high=3600,
+        unit="seconds",
     )
     event_bytes_max: int = knob(
-        2**20, "largest single SSE event of an engine; one token with 20 logprobs is about 4 KB",
-        low=4096, high=2**26, unit="bytes",
+        2**20,
+        "largest single SSE event of an engine; one token with 20 logprobs is about 4 KB",
+        low=4096,
+        high=2**26,
+        unit="bytes",
     )
     dispatch_attempts_max: int = knob(
         3, "engines tried for one turn, while nothing was sent to its client", low=1, high=16, unit="attempts"
     )
 
     # --- stores -----------------------------------------------------------------------------------------------
-    database_url: str = knob("", "PostgreSQL; empty: `poolgate up` starts its own in the data folder", secret=True)
-    redis_url: str = knob("", "Valkey or Redis; empty: `poolgate up` starts its own in the data folder", secret=True)
+    database_url: str = knob(
+        "", "PostgreSQL; empty: `poolgate up` starts its own in the data folder", secret=True
+    )
+    redis_url: str = knob(
+        "", "Valkey or Redis; empty: `poolgate up` starts its own in the data folder", secret=True
+    )
     data_dir: str = knob("data", "folder of the embedded stores, the pepper, models and logs")
     database_pool_max: int = knob(
-        4, "PostgreSQL connections of one gateway process; none is used on the request path", low=1, high=100, unit="connections"
+        4,
+        "PostgreSQL connections of one gateway process; none is used on the request path",
+        low=1,
+        high=100,
+        unit="connections",
     )
     database_timeout_s: float = knob(
-        5.0, "statement time-out in PostgreSQL, and of the client waiting for it", low=0.1, high=600, unit="seconds"
+        5.0,
+        "statement time-out in PostgreSQL, and of the client waiting for it",
+        low=0.1,
+        high=600,
+        unit="seconds",
     )
     valkey_timeout_s: float = knob(
         0.25, "every Valkey command; past it the process decides alone", low=0.005, high=30, unit="seconds"
     )
     change_poll_s: float = knob(
-        0.5, "how often a worker reads the change log: a revoked key is refused within 1 s even without Valkey",
-        low=0.05, high=60, unit="seconds",
+        0.5,
+        "how often a worker reads the change log: a revoked key is refused within 1 s even without Valkey",
+        low=0.05,
+        high=60,
+        unit="seconds",
     )
     change_overlap_s: float = knob(
-        8.0, "how far back each poll looks: longer than database_timeout_s, so a change committed late is not missed",
-        low=1, high=600, unit="seconds",
+        8.0,
+        "how far back each poll looks: longer than database_timeout_s, so a change committed late is not missed",
+        low=1,
+        high=600,
+        unit="seconds",
     )
 
     # --- identity ---------------------------------------------------------------------------------------------
     key_pepper: str = knob(
-        "", "secret mixed into key hashes; the same in every gateway of one database; empty: a file in data_dir", secret=True
+        "",
+        "secret mixed into key hashes; the same in every gateway of one database; empty: a file in data_dir",
+        secret=True,
     )
     key_cache_max: int = knob(
         200_000, "keys that a worker remembers (about 400 bytes each)", low=16, high=10_000_000, unit="keys"
     )
     unknown_key_cache_s: float = knob(
-        30.0, "how long a refused key is refused without asking PostgreSQL (a new key clears it at once)",
-        low=0, high=3600, unit="seconds",
+        30.0,
+        "how long a refused key is refused without asking PostgreSQL (a new key clears it at once)",
+        low=0,
+        high=3600,
+        unit="seconds",
     )
     inference_key_prefix: str = knob("sk-pg-", "what new API keys start with")
     provider_key_prefix: str = knob("dc1-provider-", "what new provider keys start with (contract)")
@@ -129,19 +217,33 @@ class Settings:
     # --- money ------------------------------------------------------------------------------------------------
     currency: str = knob("SAR", "ISO code of the major unit that prices and balances are in")
     minor_per_major: int = knob(
-        100, "minor units (halala, cents) in one major unit; `cost_halala` counts these", low=1, high=1_000_000
+        100,
+        "minor units (halala, cents) in one major unit; `cost_halala` counts these",
+        low=1,
+        high=1_000_000,
     )
     price_book: str = knob("", "TOML file of prices; empty: the one in the package (config/pricebook.toml)")
     usage_flush_s: float = knob(
-        0.25, "finished turns are written to PostgreSQL in batches this often", low=0.01, high=60, unit="seconds"
+        0.25,
+        "finished turns are written to PostgreSQL in batches this often",
+        low=0.01,
+        high=60,
+        unit="seconds",
     )
     usage_pending_max: int = knob(
-        200_000, "finished turns that wait for PostgreSQL in memory (about 0.5 KB each); past it new turns get 503",
-        low=100, high=10_000_000, unit="turns",
+        200_000,
+        "finished turns that wait for PostgreSQL in memory (about 0.5 KB each); past it new turns get 503",
+        low=100,
+        high=10_000_000,
+        unit="turns",
     )
     usage_batch_max: int = knob(5_000, "turns in one write", low=1, high=100_000, unit="turns")
     usage_retention_days: int = knob(
-        400, "day partitions of usage older than this are dropped (13 months: year on year)", low=2, high=10_000, unit="days"
+        400,
+        "day partitions of usage older than this are dropped (13 months: year on year)",
+        low=2,
+        high=10_000,
+        unit="days",
     )
 
     # --- nodes -------------------------------------------------------------------------------------------------
@@ -149,47 +251,94 @@ class Settings:
         "127.0.0.0/8,::1/128", "networks in which engines may be reached over plain HTTP, comma separated"
     )
     heartbeat_interval_s: float = knob(
-        30.0, "agents report this often, and at once when an engine changes state (contract)", low=0.1, high=600, unit="seconds"
+        30.0,
+        "agents report this often, and at once when an engine changes state (contract)",
+        low=0.1,
+        high=600,
+        unit="seconds",
     )
     heartbeat_grace_s: float = knob(
-        90.0, "a node silent for this long leaves: three missed heartbeats", low=0.3, high=3600, unit="seconds"
+        90.0,
+        "a node silent for this long leaves: three missed heartbeats",
+        low=0.3,
+        high=3600,
+        unit="seconds",
     )
     load_share_s: float = knob(
-        0.2, "workers tell each other their turns in flight this often, through Valkey", low=0.02, high=60, unit="seconds"
+        0.2,
+        "workers tell each other their turns in flight this often, through Valkey",
+        low=0.02,
+        high=60,
+        unit="seconds",
     )
-    breaker_failures: int = knob(3, "failures in a row that open an engine's breaker", low=1, high=1000, unit="failures")
+    breaker_failures: int = knob(
+        3, "failures in a row that open an engine's breaker", low=1, high=1000, unit="failures"
+    )
     breaker_successes: int = knob(2, "probes in a row that close it again", low=1, high=1000, unit="probes")
     breaker_open_s: float = knob(
-        1.0, "first pause before a probe; doubles up to breaker_open_max_s", low=0.01, high=600, unit="seconds"
+        1.0,
+        "first pause before a probe; doubles up to breaker_open_max_s",
+        low=0.01,
+        high=600,
+        unit="seconds",
     )
-    breaker_open_max_s: float = knob(30.0, "longest pause between probes", low=0.01, high=3600, unit="seconds")
+    breaker_open_max_s: float = knob(
+        30.0, "longest pause between probes", low=0.01, high=3600, unit="seconds"
+    )
     choice_sample: int = knob(
-        4, "engines scored for one turn: best of a few sampled keeps the cost constant and avoids herds",
-        low=1, high=64, unit="engines",
+        4,
+        "engines scored for one turn: best of a few sampled keeps the cost constant and avoids herds",
+        low=1,
+        high=64,
+        unit="engines",
     )
 
     # --- engines (agent) ----------------------------------------------------------------------------------------
     engine_start_timeout_s: float = knob(
-        600.0, "from start to /health 200; a CPU takes 25 s, 70 B weights from a slow disk take minutes",
-        low=1, high=7200, unit="seconds",
+        600.0,
+        "from start to /health 200; a CPU takes 25 s, 70 B weights from a slow disk take minutes",
+        low=1,
+        high=7200,
+        unit="seconds",
     )
     engine_drain_s: float = knob(
-        30.0, "turns in flight may finish this long before an engine is stopped", low=0, high=3600, unit="seconds"
+        30.0,
+        "turns in flight may finish this long before an engine is stopped",
+        low=0,
+        high=3600,
+        unit="seconds",
     )
     engine_restart_s: float = knob(
-        1.0, "first pause before a dead engine is started again; doubles up to engine_restart_max_s",
-        low=0.01, high=600, unit="seconds",
+        1.0,
+        "first pause before a dead engine is started again; doubles up to engine_restart_max_s",
+        low=0.01,
+        high=600,
+        unit="seconds",
     )
-    engine_restart_max_s: float = knob(60.0, "longest pause between restarts", low=0.01, high=3600, unit="seconds")
-    engine_poll_s: float = knob(1.0, "how often the agent reads an engine's health and metrics", low=0.05, high=60, unit="seconds")
+    engine_restart_max_s: float = knob(
+        60.0, "longest pause between restarts", low=0.01, high=3600, unit="seconds"
+    )
+    engine_poll_s: float = knob(
+        1.0, "how often the agent reads an engine's health and metrics", low=0.05, high=60, unit="seconds"
+    )
 
     # --- seeing it ----------------------------------------------------------------------------------------------
     log_format: str = knob("human", "`json` for machines", choices=("human", "json"))
     log_level: str = knob("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     health_interval_s: float = knob(
-        2.0, "components are checked this often in the background; probes read the last result", low=0.1, high=60, unit="seconds"
+        2.0,
+        "components are checked this often in the background; probes read the last result",
+        low=0.1,
+        high=60,
+        unit="seconds",
     )
     default_model_tokens: int = knob(
-        512, "`max_tokens` of /v1/complete when the request names none (contract)", low=1, high=1_000_000, unit="tokens"
+        512,
+        "`max_tokens` of /v1/complete when the request names none (contract)",
+        low=1,
+        high=1_000_000,
+        unit="tokens",
     )
-    complete_tokens_max: int = knob(4096, "ceiling of `max_tokens` of /v1/complete (contract)", low=1, high=1_000_000, unit="tokens")
+    complete_tokens_max: int = knob(
+        4096, "ceiling of `max_tokens` of /v1/complete (contract)", low=1, high=1_000_000, unit="tokens"
+    )

@@ -19,8 +19,13 @@ class ApiError(Exception):
     code: ClassVar[str | None] = "internal_error"
 
     def __init__(
-        self, message: str | None = None, *, param: str | None = None, retry_after_s: int | None = None,
-        code: str | None = None, headers: dict[str, str] | None = None,
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         doc = type(self).__doc__ or ""
         self.message = message or " ".join(doc.split())
@@ -34,7 +39,8 @@ class ApiError(Exception):
 class BadRequest(ApiError):
     """The request is not valid."""
 
-    status, type, code = 400, "invalid_request_error", None
+    status, type = 400, "invalid_request_error"
+    code: ClassVar[str | None] = None
 
 
 class ContextLengthExceeded(BadRequest):
@@ -138,7 +144,9 @@ def render(error: ApiError, surface: Surface, request_id: str) -> tuple[int, dic
     elif surface == "customer":
         details = {"param": error.param} if error.param else {}
         code = error.wire_code or error.type
-        body = {"error": {"code": code, "message": error.message, "request_id": request_id, "details": details}}
+        body = {
+            "error": {"code": code, "message": error.message, "request_id": request_id, "details": details}
+        }
     else:
         body = {"error": error.message, "request_id": request_id}
     return error.status, headers, orjson.dumps(body)

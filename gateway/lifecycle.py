@@ -20,7 +20,14 @@ from billing.usage import UsageRecord
 from config.clock import Clock
 from config.defaults import Settings
 from config.ids import uuid7
-from gateway.errors import ApiError, InsufficientQuota, ModelNotFound, NoNodeAvailable, Unavailable, error_event
+from gateway.errors import (
+    ApiError,
+    InsufficientQuota,
+    ModelNotFound,
+    NoNodeAvailable,
+    Unavailable,
+    error_event,
+)
 from gateway.identity.keyring import Principal
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.exchange import Delivery, stream, whole
@@ -142,7 +149,11 @@ class Lifecycle:
         snapshot = self._registry.snapshot
         try:
             choice = choose(
-                snapshot, need, sample=settings.choice_sample, turns_max=settings.engine_turns_max, rng=self._rng
+                snapshot,
+                need,
+                sample=settings.choice_sample,
+                turns_max=settings.engine_turns_max,
+                rng=self._rng,
             )
         except NoEngine as error:
             if fault is not None:
@@ -192,7 +203,9 @@ class Lifecycle:
             raise unreachable(str(error)) from error
         await self._exchange(turn, connection, request, down)
 
-    async def _exchange(self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream) -> None:
+    async def _exchange(
+        self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream
+    ) -> None:
         """One request on one connection, which is kept if all went well and closed at once if not."""
         connection.begin(request)
         try:
@@ -289,7 +302,9 @@ def estimate(asked: dict[str, object], answer: bytes) -> Tokens:
     prompt = count_prompt(asked.get("messages") or asked.get("prompt") or asked.get("input") or "")
     try:
         choices = orjson.loads(answer).get("choices") or ()
-        texts = [choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices]
+        texts = [
+            choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices
+        ]
     except (orjson.JSONDecodeError, AttributeError):
         texts = []
     return Tokens(prompt=prompt, completion=sum(map(count_tokens, texts)), estimated=True)

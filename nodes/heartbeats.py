@@ -37,7 +37,9 @@ class AllowedNetworks:
 
     def __init__(self, networks: str, *, own_ports: Sequence[int] = ()) -> None:
         """`own_ports`: ports of this gateway, which on a loopback address are never an engine."""
-        self._networks = tuple(ipaddress.ip_network(part.strip()) for part in networks.split(",") if part.strip())
+        self._networks = tuple(
+            ipaddress.ip_network(part.strip()) for part in networks.split(",") if part.strip()
+        )
         self._own_ports = frozenset(own_ports)
 
     def address(self, url: str) -> EngineAddress:
@@ -106,7 +108,10 @@ class NodeStore:
 
     async def ready_engines(self) -> tuple[list[EngineRow], int]:
         """Every engine that may serve, and the number of nodes online."""
-        async with self._pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        async with (
+            self._pool.acquire() as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
             rows = await connection.fetch(READY)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
         return [_engine_row(row) for row in rows], online

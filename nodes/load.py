@@ -1,7 +1,7 @@
 """Load that other workers put on engines, and what engines last said of themselves, shared through Valkey.
 
 Each worker writes its own turns in flight and reads the others'. Without Valkey it knows only its own, which is enough to
-serve; a worker that stopped writing is forgotten after a few periods, by our own clock, so a clock jump elsewhere is harmless.
+serve; a worker that stopped writing is forgotten after a few periods, by our own clock: clocks elsewhere may jump.
 """
 
 import asyncio
@@ -26,6 +26,9 @@ STALE_PERIODS = 10
 KEPT_S = 60
 """The hashes vanish this long after the last writer."""
 
+REPORT_FRESH_S = 5.0
+"""Age past which an engine's own report says nothing any more: turns last seconds, heartbeats are far apart."""
+
 AWAY_PAUSE_S = 1.0
 """Pause after Valkey did not answer."""
 
@@ -40,6 +43,7 @@ class LoadShare:
         self._worker = worker
         self._sequence = 0
         self._seen: dict[str, tuple[int, float]] = {}
+        self._reports: dict[str, tuple[dict[str, Any], float]] = {}
         self._is_up = True
 
     async def report(self, loads: dict[str, dict[str, Any]]) -> None:
@@ -47,7 +51,9 @@ class LoadShare:
         self._take_reported(loads)
         if loads:
             try:
-                await self._valkey.hset(REPORTED, mapping={key: orjson.dumps(load) for key, load in loads.items()})  # type: ignore[misc]
+                await self._valkey.hset(
+                    REPORTED, mapping={key: orjson.dumps(load) for key, load in loads.items()}
+                )
             except (RedisError, OSError, TimeoutError):
                 log.debug("load is not shared", extra={"action": "load_not_shared"})
 
@@ -76,7 +82,9 @@ class LoadShare:
             if engine.load.turns
         }
         async with self._valkey.pipeline(transaction=False) as batch:
-            batch.hset(IN_FLIGHT, self._worker, orjson.dumps({"sequence": self._sequence, "load": mine}).decode())
+            batch.hset(
+                IN_FLIGHT, self._worker, orjson.dumps({"sequence": self._sequence, "load": mine}).decode()
+            )
             batch.expire(IN_FLIGHT, KEPT_S)
             batch.expire(REPORTED, KEPT_S)
             batch.hgetall(IN_FLIGHT)
@@ -110,16 +118,26 @@ class LoadShare:
             engine.load.others_turns, engine.load.others_tokens = totals.get(engine.key, (0, 0))
 
     def _take_reported(self, loads: dict[str, dict[str, Any]]) -> None:
+        """Reports count while they are fresh, by our clock: from when this worker first saw them."""
+        now_s = asyncio.get_running_loop().time()
         for key, load in loads.items():
+            known = self._reports.get(key)
+            if known is None or known[0] != load:
+                self._reports[key] = (load, now_s)
+        self._reports = {
+            key: row for key, row in self._reports.items() if self._registry.engine(key) is not None
+        }
+        for key, (load, since_s) in self._reports.items():
             engine = self._registry.engine(key)
-            if engine is not None:
-                engine.load.running = int(load.get("running", 0))
-                engine.load.waiting = int(load.get("waiting", 0))
-                engine.load.kv_usage = float(load.get("kv_usage", 0.0))
+            assert engine is not None
+            is_fresh = now_s - since_s <= REPORT_FRESH_S
+            engine.load.running = int(load.get("running", 0)) if is_fresh else 0
+            engine.load.waiting = int(load.get("waiting", 0)) if is_fresh else 0
+            engine.load.kv_usage = float(load.get("kv_usage", 0.0)) if is_fresh else 0.0
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""
         try:
-            await self._valkey.hdel(IN_FLIGHT, self._worker)  # type: ignore[misc]
+            await self._valkey.hdel(IN_FLIGHT, self._worker)
         except (RedisError, OSError, TimeoutError):
             log.debug("the entry expires by itself", extra={"action": "load_left"})

@@ -68,7 +68,9 @@ class Registry:
         models = {model["id"]: Model(**model) for model in row.models}
         engine = self._engines.get(row.key)
         if engine is None:
-            log.info("engine %s is ready with %s", row.key, ", ".join(models), extra={"action": "engine_ready"})
+            log.info(
+                "engine %s is ready with %s", row.key, ", ".join(models), extra={"action": "engine_ready"}
+            )
             breaker = Breaker(self._settings)
             return Engine(
                 row.key, row.node_id, row.engine_id, row.account_id, address.host, address.port, models, breaker, row.restarts
@@ -118,4 +120,8 @@ class Registry:
         finally:
             self._probing.discard(engine)
         if engine.breaker.is_open and engine.breaker.probed(is_good, self._clock.monotonic()):
-            log.info("engine %s answers again", engine.key, extra={"action": "breaker_closed", "engine": engine.key})
+            log.info(
+                "engine %s answers again",
+                engine.key,
+                extra={"action": "breaker_closed", "engine": engine.key},
+            )

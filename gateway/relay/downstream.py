@@ -156,7 +156,7 @@ class Relayed(web.StreamResponse):
 BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Response]
 
 
-class ClientProtocol(web.RequestHandler[web.Request]):
+class ClientProtocol(web.RequestHandler):
     """aiohttp's connection, which also tells when a slow client reads again and renders errors in our shapes."""
 
     __slots__ = ("_on_bad_request", "_on_writable")

@@ -157,4 +157,3 @@ async def _error_body(connection: UpstreamConnection, settings: Settings) -> byt
     while not connection.is_over and connection.buffered <= ERROR_BODY_MAX and loop.time() < gives_up_s:
         await connection.changed(gives_up_s - loop.time())
     return connection.take()
-

@@ -98,8 +98,10 @@ class OpenAITap:
         "is_done", "tokens",
     )  # fmt: skip
 
-    def __init__(self, *, wants_usage: bool, wants_every: bool = False, choices: int = 1, prompts: int = 1) -> None:
-        """`choices`: answers to expect (n × prompts). `wants_every`: the client asked for continuous usage itself."""
+    def __init__(
+        self, *, wants_usage: bool, wants_every: bool = False, choices: int = 1, prompts: int = 1
+    ) -> None:
+        """`choices`: answers to expect, n times prompts. `wants_every`: the client asked for continuous usage itself."""
         self.tokens = Tokens()
         self.error: dict[str, Any] | None = None
         self.is_done = False
@@ -304,10 +306,8 @@ class CompleteTap:
     def feed(self, data: bytes) -> bytes:
         if self._finish == "timeout":
             return b""
-        out = []
-        for event in self._chat.feed(data).split(b"\n\n"):
-            if event.startswith(b"data: {"):
-                out.append(self._delta(orjson.loads(event[6:])))
+        events = self._chat.feed(data).split(b"\n\n")
+        out = [self._delta(orjson.loads(event[6:])) for event in events if event.startswith(b"data: {")]
         self.error = self._chat.error
         self.is_done = self._chat.is_done
         return b"".join(out)
@@ -323,7 +323,11 @@ class CompleteTap:
         return b"data: " + orjson.dumps({"text": text, "index": choice.get("index", 0)}) + b"\n\n"
 
     def ending(self, cost_minor: int) -> bytes:
-        final = {"finish_reason": self.finish_reason, "usage": usage_dict(self.tokens), "cost_halala": cost_minor}
+        final = {
+            "finish_reason": self.finish_reason,
+            "usage": usage_dict(self.tokens),
+            "cost_halala": cost_minor,
+        }
         return b"data: " + orjson.dumps(final) + b"\n\ndata: [DONE]\n\n"
 
 

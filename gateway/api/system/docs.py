@@ -79,7 +79,7 @@ def routes_of(route_sets: Iterable[RouteSet], *, server_url: str = "/") -> Route
     document = openapi_document(
         [*route_sets, docs.routes],
         title="poolgate",
-        version=importlib.metadata.version("poolgate"),
+        version=_version(),
         server_url=server_url,
         description=INTRODUCTION,
     )
@@ -170,6 +170,13 @@ def swagger_ui_folder() -> Path:
     if found is None or not found.submodule_search_locations:
         raise RuntimeError("swagger-ui-py is not installed; `pip install poolgate` brings it")
     return Path(found.submodule_search_locations[0]) / "static"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("poolgate")
+    except importlib.metadata.PackageNotFoundError:  # run from the tree without an install
+        return "0"
 
 
 def _cached(body: bytes, media_type: str) -> web.Response:

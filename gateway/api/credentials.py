@@ -1,0 +1,55 @@
+"""Who asks: the credential of a request, wherever it stands, becomes a principal.
+
+A key in a query works because contracts say so; it never reaches a log, since paths are logged without their query.
+"""
+
+from aiohttp import web
+
+from gateway.api.services import KEYRING
+from gateway.errors import Forbidden, InvalidApiKey, Unavailable
+from gateway.identity.keyring import IdentityUnavailable, InvalidKey, Principal
+
+NO_KEY = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' (or in X-API-Key, x-renter-key or ?key=)."
+
+
+def presented_key(request: web.Request) -> str | None:
+    """The API key that a request carries; the header that OpenAI's SDKs send comes first."""
+    headers = request.headers
+    authorization = headers.get("Authorization")
+    if authorization is not None:
+        scheme, _, value = authorization.partition(" ")
+        if scheme.lower() == "bearer" and value.strip():
+            return value.strip()
+    return (
+        headers.get("X-API-Key")
+        or headers.get("x-renter-key")
+        or headers.get("x-provider-key")
+        or request.query.get("key")
+        or None
+    )
+
+
+async def authenticate(request: web.Request, scope: str) -> Principal:
+    """The principal of a request whose key has `scope`. From memory, but for a key seen first."""
+    secret = presented_key(request)
+    if secret is None:
+        raise InvalidApiKey(NO_KEY)
+    return await principal_of(request, secret, scope)
+
+
+async def principal_of(request: web.Request, secret: str, scope: str) -> Principal:
+    """The principal of `secret`. Raises InvalidApiKey, Forbidden or Unavailable."""
+    keyring = request.app[KEYRING]
+    principal = keyring.lookup(secret)
+    if principal is None:
+        try:
+            principal = await keyring.load(secret)
+        except InvalidKey:
+            raise InvalidApiKey from None
+        except IdentityUnavailable:
+            raise Unavailable(
+                "Keys can't be checked right now. Try again shortly.", retry_after_s=2
+            ) from None
+    if scope not in principal.scopes:
+        raise Forbidden(f"This key may not do that: it lacks the scope '{scope}'.")
+    return principal

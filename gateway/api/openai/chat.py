@@ -1,0 +1,80 @@
+"""POST /v1/chat/completions and /v1/completions: OpenAI's shapes, streamed or not."""
+
+from functools import partial
+
+from aiohttp import web
+
+from gateway.api.inference import infer, stream_options
+from gateway.api.openai.decode import Body, decode_chat, decode_completion, prompt_count
+from gateway.api.openai.schemas_answers import CHAT_ANSWERS, COMPLETION_ANSWERS
+from gateway.api.openai.schemas_requests import ChatRequest, CompletionRequest
+from gateway.api.routes import Routes
+from gateway.relay.taps import OpenAITap
+from gateway.turn import Ask
+
+routes = Routes(surface="openai", tag="Inference")
+
+TURN_ERRORS = (400, 402, 404, 413, 429, 502, 503, 504)
+
+OUTPUT_TOKENS_GUESS = 256
+"""What an answer without a token limit is expected to be, as load on an engine."""
+
+COMPLETION_TOKENS_DEFAULT = 16
+"""OpenAI's default of `max_tokens` for completions, which vLLM has too."""
+
+
+@routes.post(
+    "/v1/chat/completions",
+    summary="Chat, streamed or not",
+    body=ChatRequest,
+    answers={200: CHAT_ANSWERS},
+    errors=TURN_ERRORS,
+)
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """OpenAI's chat completions, with `provider_id` to pin a provider and `cost_halala` in the answer."""
+    return await infer(request, _chat_ask)
+
+
+@routes.post(
+    "/v1/completions", summary="Text completion, streamed or not", body=CompletionRequest,
+    answers={200: COMPLETION_ANSWERS}, errors=TURN_ERRORS,
+)  # fmt: skip
+async def completions(request: web.Request) -> web.StreamResponse:
+    """OpenAI's legacy completions: one prompt or several, text or token ids."""
+    return await infer(request, _completion_ask)
+
+
+def _chat_ask(raw: bytes, request: web.Request) -> Ask:
+    body = decode_chat(raw)
+    limit = body.get("max_tokens", OUTPUT_TOKENS_GUESS)
+    return openai_ask(request.path, body, choices=body.get("n", 1), prompts=1, output_tokens=limit)
+
+
+def _completion_ask(raw: bytes, request: web.Request) -> Ask:
+    body = decode_completion(raw)
+    prompts = prompt_count(body)
+    limit = body.get("max_tokens", COMPLETION_TOKENS_DEFAULT)
+    return openai_ask(
+        request.path, body, choices=body.get("n", 1) * prompts, prompts=prompts, output_tokens=limit
+    )
+
+
+def openai_ask(route: str, body: Body, *, choices: int, prompts: int, output_tokens: int) -> Ask:
+    """The Ask of a chat or completion body; its path is the engine's path too."""
+    is_stream = bool(body.get("stream"))
+    tap = None
+    if is_stream:
+        wants_usage, wants_every = stream_options(body)
+        tap = partial(
+            OpenAITap, wants_usage=wants_usage, wants_every=wants_every, choices=choices, prompts=prompts
+        )
+    return Ask(
+        route=route,
+        engine_path=route,
+        kind="generate",
+        provider_id=body.pop("provider_id", None),
+        body=body,
+        is_stream=is_stream,
+        output_tokens=choices * output_tokens,
+        tap=tap,
+    )

@@ -1,0 +1,41 @@
+"""POST /v1/responses: OpenAI's newer API, stateless: nothing is stored, so nothing can be continued or polled."""
+
+from functools import partial
+
+from aiohttp import web
+
+from gateway.api.inference import infer
+from gateway.api.openai.chat import OUTPUT_TOKENS_GUESS, TURN_ERRORS
+from gateway.api.openai.decode import decode_responses
+from gateway.api.openai.schemas_answers import RESPONSES_ANSWERS
+from gateway.api.openai.schemas_responses import ResponsesRequest
+from gateway.api.routes import Routes
+from gateway.relay.taps import ResponsesTap
+from gateway.relay.tokens import count_prompt
+from gateway.turn import Ask
+
+routes = Routes(surface="openai", tag="Inference")
+
+
+@routes.post(
+    "/v1/responses", summary="Responses, streamed or not", body=ResponsesRequest, answers={200: RESPONSES_ANSWERS},
+    errors=TURN_ERRORS,
+)  # fmt: skip
+async def responses(request: web.Request) -> web.StreamResponse:
+    """OpenAI's responses without state: `background` and `previous_response_id` are 400."""
+    return await infer(request, _ask)
+
+
+def _ask(raw: bytes, request: web.Request) -> Ask:
+    body = decode_responses(raw)
+    is_stream = bool(body.get("stream"))
+    return Ask(
+        route=request.path,
+        engine_path="/v1/responses",
+        kind="generate",
+        provider_id=body.pop("provider_id", None),
+        body=body,
+        is_stream=is_stream,
+        output_tokens=body.get("max_output_tokens", OUTPUT_TOKENS_GUESS),
+        tap=partial(ResponsesTap, partial(count_prompt, body["input"])) if is_stream else None,
+    )

@@ -1,0 +1,118 @@
+"""POST /api/providers/heartbeat: agents report their node; the reply says how long that lasts."""
+
+import logging
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.api.credentials import presented_key, principal_of
+from gateway.api.inference import read_body
+from gateway.api.routes import Routes
+from gateway.api.services import ACCOUNTS, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.system.answers import json_answer
+from gateway.errors import BadRequest, BodyTooLarge, Forbidden
+from nodes.heartbeats import EngineUrlRefused, NodeOfAnother
+from nodes.protocol import BadMessage, Heartbeat, HeartbeatReply
+
+log = logging.getLogger("poolgate.nodes")
+
+routes = Routes(surface="plain", tag="Providers")
+
+HEARTBEAT_BYTES_MAX = 2**20
+"""A node with 64 engines of hundreds of adapters each stays below half of this."""
+
+NODE_OF_KEY = uuid.UUID("6f1d1c0e-6f0a-4d0c-9a57-0f3c5a3a7f10")
+"""Namespace of node ids for agents that name none: then a provider has one node."""
+
+
+class HeartbeatBody(BaseModel):
+    """The contract's heartbeat; `node_id`, `epoch`, `engines` and `load` are ours (nodes/protocol.py checks them)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    api_key: str = Field(description="The provider's key; or in the header x-provider-key")
+    gpu_status: dict[str, Any] | None = None
+    uptime: float | None = Field(None, description="Agent's uptime in seconds")
+    provider_ip: str | None = None
+    provider_hostname: str | None = None
+    cached_models: list[str] | None = None
+    resource_spec: dict[str, Any] | None = None
+    node_id: str | None = Field(None, description="UUID that the agent keeps; without it a key has one node")
+    epoch: int | None = None
+    agent_version: str | None = None
+    engines: list[dict[str, Any]] | None = None
+    load: dict[str, dict[str, Any]] | None = None
+
+
+class HeartbeatAnswer(BaseModel):
+    """The contract's reply, with the lease."""
+
+    success: bool
+    message: str
+    timestamp: str
+    needs_update: bool
+    update_available: bool
+    latest_version: str
+    min_version: str
+    approval_status: str
+    approved: bool
+    preload_model: dict[str, Any] | None
+    node_id: str
+    epoch: int
+    lease_s: float
+    heartbeat_interval_s: float
+
+
+@routes.post(
+    "/api/providers/heartbeat", summary="A node's agent reports", body=HeartbeatBody, answers={200: HeartbeatAnswer},
+    errors=(400, 401, 403, 413, 503), auth="node",
+)  # fmt: skip
+async def heartbeat(request: web.Request) -> web.StreamResponse:
+    """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
+    if request.content_length is not None and request.content_length > HEARTBEAT_BYTES_MAX:
+        raise BodyTooLarge(f"A heartbeat may have {HEARTBEAT_BYTES_MAX} bytes.")
+    beat = _decode(await read_body(request), presented_key(request))
+    principal = await principal_of(request, beat.api_key, "node")
+    account = await request.app[ACCOUNTS].show(principal.account_id)
+    if account.approval_status != "approved":
+        raise Forbidden("Provider not approved yet.")
+    if not beat.node_id:
+        beat = replace(beat, node_id=str(uuid.uuid5(NODE_OF_KEY, str(principal.account_id))))
+    networks = request.app[NETWORKS]
+    try:
+        for engine in beat.engines:
+            networks.address(engine.url)
+        lease = await request.app[NODES].record(principal.account_id, beat, beat.engines)
+    except EngineUrlRefused as error:
+        raise BadRequest(f"engines[].url: {error}") from None
+    except NodeOfAnother:
+        raise BadRequest("node_id is in use; remove the agent's file `node_id` to get another one.") from None
+    loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
+    await request.app[LOAD].report(loads)
+    settings = request.app[SETTINGS]
+    reply = HeartbeatReply(
+        timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        approval_status=account.approval_status,
+        node_id=beat.node_id,
+        epoch=lease.epoch,
+        lease_s=settings.heartbeat_grace_s,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+    )
+    return json_answer(reply.to_json())
+
+
+def _decode(body: bytes, header_key: str | None) -> Heartbeat:
+    try:
+        fields = orjson.loads(body)
+        if isinstance(fields, dict) and not fields.get("api_key") and header_key:
+            fields["api_key"] = header_key
+        return Heartbeat.from_json(fields)
+    except orjson.JSONDecodeError:
+        raise BadRequest("The body is not JSON.") from None
+    except BadMessage as error:
+        raise BadRequest(str(error)) from None

@@ -1,0 +1,28 @@
+"""What handlers need, under typed keys: put into the application by `gateway.app`, read by `gateway.api`."""
+
+from aiohttp import web
+
+from billing.prices import PriceBook
+from config.defaults import Settings
+from config.metrics import Metrics
+from gateway.health import Health
+from gateway.identity.accounts import AccountStore
+from gateway.identity.keyring import KeyRing
+from gateway.lifecycle import Lifecycle
+from nodes.heartbeats import AllowedNetworks, NodeStore
+from nodes.load import LoadShare
+from nodes.registry import Registry
+
+SETTINGS = web.AppKey("settings", Settings)
+KEYRING = web.AppKey("keyring", KeyRing)
+ACCOUNTS = web.AppKey("accounts", AccountStore)
+LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
+REGISTRY = web.AppKey("registry", Registry)
+NODES = web.AppKey("nodes", NodeStore)
+NETWORKS = web.AppKey("networks", AllowedNetworks)
+LOAD = web.AppKey("load", LoadShare)
+PRICES = web.AppKey("prices", PriceBook)
+HEALTH = web.AppKey("health", Health)
+METRICS = web.AppKey("metrics", Metrics)
+
+REQUEST_ID = web.RequestKey("request_id", str)

@@ -1,0 +1,218 @@
+"""The composition root: every part of a gateway worker is built here, given what it needs, started and stopped in order."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from billing.prices import PriceBook
+from billing.usage import UsageWriter
+from config.changes import ChangeFeed
+from config.clock import SystemClock
+from config.defaults import Settings
+from config.metrics import Metrics
+from config.postgres import open_pool
+from config.valkey import open_valkey
+from gateway import VERSION
+from gateway.api import services
+from gateway.api.openapi import openapi_document
+from gateway.api.openai import chat, complete, embeddings, models, responses
+from gateway.api.provider import heartbeat
+from gateway.api.routes import RouteSet, add_to
+from gateway.api.system import docs, health
+from gateway.caretaker import Caretaker
+from gateway.edge import bad_request_handler, edge
+from gateway.health import Health
+from gateway.identity.accounts import AccountStore
+from gateway.identity.keyring import KeyRing
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import load_pepper
+from gateway.lifecycle import Lifecycle
+from gateway.records import TurnRecords
+from gateway.relay.downstream import ClientProtocol
+from gateway.relay.tokens import count_tokens
+from nodes.heartbeats import AllowedNetworks, NodeStore
+from nodes.load import LoadShare
+from nodes.registry import Registry
+from nodes.routing.snapshot import Engine
+
+log = logging.getLogger("poolgate.gateway")
+
+ROUTES: tuple[RouteSet, ...] = (
+    chat.routes,
+    embeddings.routes,
+    responses.routes,
+    complete.routes,
+    models.routes,
+    heartbeat.routes,
+    health.routes,
+)
+
+GAUGES_S = 1.0
+"""How often gauges are set."""
+
+STOP_POLL_S = 0.05
+
+
+class Gateway:
+    """One worker. `start` builds and begins, `stop` ends begun turns and writes what they used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._tasks: list[asyncio.Task[None]] = []
+        self._servers: list[asyncio.Server] = []
+        self.failed = asyncio.Event()
+
+    async def start(self, sock: socket.socket) -> None:
+        """Serve on `sock`, which listens already."""
+        settings = self.settings
+        clock = SystemClock()
+        worker = f"{socket.gethostname()}-{os.getpid()}"
+        self.metrics = Metrics()
+        self._pool = await open_pool(
+            settings.database_url, max_size=settings.database_pool_max, timeout_s=settings.database_timeout_s
+        )
+        self._valkey = open_valkey(settings.redis_url, timeout_s=settings.valkey_timeout_s)
+        self._http = aiohttp.ClientSession()
+        pepper = load_pepper(settings)
+        prices = PriceBook.load(Path(settings.price_book) if settings.price_book else None)
+
+        keyring = KeyRing(KeyStore(self._pool, pepper), pepper, settings, clock)
+        networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
+        self.registry = Registry(settings, networks, clock)
+        nodes = NodeStore(self._pool)
+        self._load = LoadShare(self._valkey, self.registry, settings, worker)
+        feed = ChangeFeed(self._pool, self._valkey, settings)
+        feed.on("key", keyring.forget_key)
+        feed.on("account", keyring.forget_account)
+        feed.on("node", self.registry.nodes_changed)
+
+        self.usage = UsageWriter(self._pool, settings)
+        self._records = TurnRecords(self.metrics, self.usage.add)
+        self.lifecycle = Lifecycle(
+            settings, registry=self.registry, prices=prices, clock=clock, pepper=pepper,
+            record=self._records.add, is_full=lambda: self.usage.is_full,
+        )  # fmt: skip
+        self.registry.on_change.append(lambda snapshot: self.lifecycle.upstreams.keep(snapshot.engines))
+        self.health = Health(
+            settings, pool=self._pool, valkey=self._valkey, feed=feed, registry=self.registry,
+            usage_pending=lambda: self.usage.pending,
+        )  # fmt: skip
+
+        app = web.Application(middlewares=[edge], client_max_size=settings.body_bytes_max)
+        app[services.SETTINGS] = settings
+        app[services.KEYRING] = keyring
+        app[services.ACCOUNTS] = AccountStore(self._pool, self._valkey)
+        app[services.LIFECYCLE] = self.lifecycle
+        app[services.REGISTRY] = self.registry
+        app[services.NODES] = nodes
+        app[services.NETWORKS] = networks
+        app[services.LOAD] = self._load
+        app[services.PRICES] = prices
+        app[services.HEALTH] = self.health
+        app[services.METRICS] = self.metrics
+        pages = docs.ApiDocs()
+        route_sets = (*ROUTES, pages.routes)
+        pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
+        add_to(app, route_sets)
+
+        await self.health.check()
+        self.registry.nodes_changed()
+        await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
+        self._begin(
+            feed.run(),
+            self.registry.run(nodes),
+            self.registry.run_probes(self._probe),
+            self._load.run(),
+            self.usage.run(),
+            self._records.run(),
+            self.health.run(),
+            Caretaker(self._pool, nodes, settings).run(),
+            self._set_gauges(),
+        )
+        await self._listen(app, sock)
+
+    def _begin(self, *coroutines: Coroutine[Any, Any, None]) -> None:
+        for coroutine in coroutines:
+            task = asyncio.create_task(coroutine)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """A background part never ends by itself: without it this worker is not whole, so it makes room for another."""
+        if task.cancelled() or task.exception() is None:
+            return
+        log.critical(
+            "a part of the gateway failed; this worker ends",
+            exc_info=task.exception(),
+            extra={"action": "worker_failed"},
+        )
+        self.failed.set()
+
+    async def _listen(self, app: web.Application, sock: socket.socket) -> None:
+        settings = self.settings
+        options: dict[str, Any] = {
+            "access_log": None,
+            "max_line_size": settings.header_bytes_max,
+            "max_field_size": settings.header_bytes_max,
+        }
+        self._runner = web.AppRunner(app, handler_cancellation=True, **options)
+        await self._runner.setup()
+        manager = self._runner.server
+        loop = asyncio.get_running_loop()
+        on_bad_request = bad_request_handler(self.metrics)
+
+        def connection() -> ClientProtocol:
+            return ClientProtocol(manager, loop=loop, on_bad_request=on_bad_request, **options)
+
+        self._servers.append(await loop.create_server(connection, sock=sock, backlog=4096))
+
+    async def _probe(self, engine: Engine) -> bool:
+        """One question to an engine whose breaker is open."""
+        timeout = aiohttp.ClientTimeout(total=self.settings.connect_timeout_s)
+        try:
+            async with self._http.get(f"http://{engine.host}:{engine.port}/health", timeout=timeout) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def _set_gauges(self) -> None:
+        while True:
+            snapshot, metrics = self.registry.snapshot, self.metrics
+            metrics.in_flight.set(self.lifecycle.in_flight)
+            metrics.usage_pending.set(self.usage.pending)
+            metrics.nodes_online.set(snapshot.nodes_online)
+            metrics.engines_ready.set(len(snapshot.engines))
+            metrics.breakers_open.set(sum(engine.breaker.is_open for engine in snapshot.engines))
+            await asyncio.sleep(GAUGES_S)
+
+    async def stop(self) -> None:
+        """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
+        loop = asyncio.get_running_loop()
+        self.health.is_draining = True
+        for server in self._servers:
+            server.close()
+        ends_s = loop.time() + self.settings.shutdown_grace_s
+        while self.lifecycle.in_flight and loop.time() < ends_s:
+            await asyncio.sleep(STOP_POLL_S)
+        await self._runner.server.shutdown(0)  # type: ignore[union-attr]  # cuts what is left
+        await self._runner.cleanup()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._records.flush()
+        await self.usage.close()
+        await self._load.leave()
+        self.lifecycle.upstreams.close()
+        await self._http.close()
+        await self._valkey.aclose()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.database_timeout_s):
+                await self._pool.close()

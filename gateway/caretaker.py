@@ -1,0 +1,77 @@
+"""Chores that one gateway process does for all: silent nodes, day partitions, the change log's old rows.
+
+Whoever holds an advisory lock of PostgreSQL is the caretaker; when its connection ends, another process takes over.
+"""
+
+import asyncio
+import logging
+import time
+
+import asyncpg
+
+from billing.retention import keep_partitions
+from config.changes import trim_changes
+from config.defaults import Settings
+from nodes.heartbeats import NodeStore
+
+log = logging.getLogger("poolgate.caretaker")
+
+LOCK = 0x706F6F6C_67617465  # "poolgate" in ASCII: any fixed number that is not migrate's
+
+CHORES_S = 3600.0
+"""How often partitions and the change log are looked at; partitions are made a week ahead."""
+
+AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+class Caretaker:
+    """Tries to be the caretaker, and does the chores while it is."""
+
+    def __init__(self, pool: asyncpg.Pool, nodes: NodeStore, settings: Settings) -> None:
+        self._pool = pool
+        self._nodes = nodes
+        self._settings = settings
+        self._watching_since_s: float | None = None
+        self._chores_at_s = 0.0
+
+    async def run(self) -> None:
+        """Until cancelled; PostgreSQL's absence only pauses it."""
+        while True:
+            try:
+                async with self._pool.acquire() as connection:
+                    await self._hold(connection)
+            except AWAY as error:
+                log.debug("the caretaker pauses: %s", error, extra={"action": "caretaker_paused"})
+            self._watching_since_s = None
+            await asyncio.sleep(self._period_s)
+
+    @property
+    def _period_s(self) -> float:
+        return min(2.0, self._settings.heartbeat_grace_s / 4)
+
+    async def _hold(self, connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]") -> None:
+        if not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):
+            return
+        try:
+            while True:
+                await connection.fetchval("select 1")  # the lock is only as alive as its connection
+                await self._chores()
+                await asyncio.sleep(self._period_s)
+        finally:
+            if not connection.is_closed():
+                await connection.execute("select pg_advisory_unlock($1)", LOCK)
+
+    async def _chores(self) -> None:
+        now_s = time.monotonic()
+        if self._watching_since_s is None:
+            self._watching_since_s = now_s
+        # After an absence of PostgreSQL every heartbeat looks old: nodes first get their grace to report again.
+        if now_s - self._watching_since_s >= self._settings.heartbeat_grace_s:
+            for node_id in await self._nodes.expire(self._settings.heartbeat_grace_s):
+                log.warning(
+                    "node %s is silent and left", node_id, extra={"action": "node_expired", "node": node_id}
+                )
+        if now_s >= self._chores_at_s:
+            self._chores_at_s = now_s + CHORES_S
+            await keep_partitions(self._pool, self._settings)
+            await trim_changes(self._pool)

@@ -1,0 +1,100 @@
+"""The edge of the HTTP server: a request id for every request, and every failure in its surface's own shape."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+
+from config.ids import uuid7
+from config.metrics import Metrics
+from gateway.api.routes import surface_of
+from gateway.api.services import METRICS, REQUEST_ID
+from gateway.errors import (
+    ApiError,
+    BadRequest,
+    BodyTooLarge,
+    HeadersTooLarge,
+    MethodNotAllowed,
+    NotFound,
+    RateLimited,
+    Surface,
+    render,
+)
+from gateway.relay.downstream import Relayed
+
+log = logging.getLogger("poolgate.edge")
+
+OF_STATUS: dict[int, type[ApiError]] = {
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: BodyTooLarge,
+    429: RateLimited,
+    431: HeadersTooLarge,
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def new_request_id() -> str:
+    """Sorts by time, and is unique over all processes."""
+    return f"req_{uuid7().hex}"
+
+
+@web.middleware
+async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Name the request; turn whatever it raises into an answer."""
+    request_id = request[REQUEST_ID] = new_request_id()
+    try:
+        response = await handler(request)
+    except ApiError as error:
+        return refuse(error, surface_of(request.path), request_id, request.app[METRICS])
+    except web.HTTPException as error:
+        if error.status < 400:
+            error.headers["x-request-id"] = request_id
+            raise
+        return refuse(_of_http(error), surface_of(request.path), request_id, request.app[METRICS])
+    except Exception:
+        log.exception(
+            "a request failed inside poolgate",
+            extra={"action": "request_crashed", "request_id": request_id, "path": request.path},
+        )
+        return refuse(ApiError(), surface_of(request.path), request_id, request.app[METRICS])
+    if not isinstance(response, Relayed) and not response.prepared:
+        response.headers["x-request-id"] = request_id
+    return response
+
+
+def refuse(error: ApiError, surface: Surface, request_id: str, metrics: Metrics) -> web.Response:
+    """The answer that says `error`."""
+    metrics.refusals.labels(error.wire_code or error.type).inc()
+    status, headers, body = render(error, surface, request_id)
+    return web.Response(body=body, status=status, headers={**headers, "content-type": "application/json"})
+
+
+def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None, str | None], web.Response]:
+    """Answers what never became a request: no path is known, so the shape is OpenAI's, which most clients here read."""
+
+    def handle(status: int, exc: BaseException | None, _message: str | None) -> web.Response:
+        if isinstance(exc, LineTooLong) or "Too many" in str(exc):
+            error: ApiError = HeadersTooLarge()
+        elif status < 500:
+            error = BadRequest("The request is not valid HTTP.")
+        else:
+            log.error("a request escaped every handler", exc_info=exc, extra={"action": "request_crashed"})
+            error = ApiError()
+        return refuse(error, "openai", new_request_id(), metrics)
+
+    return handle
+
+
+def _of_http(error: web.HTTPException) -> ApiError:
+    """aiohttp's own refusals: unknown paths and methods, bodies above the bound."""
+    kind = OF_STATUS.get(error.status)
+    if kind is not None:
+        allow = error.headers.get("Allow")
+        return kind(headers={"allow": allow} if allow else None)
+    if error.status >= 500:
+        return ApiError()
+    return BadRequest(HTTPStatus(error.status).phrase)
