@@ -1,6 +1,6 @@
 """Who may import whom: the rule of the design, held against every module of the four packages.
 
-Imports inside functions and under TYPE_CHECKING count too. The last tests prove the check itself on bad examples.
+Imports inside functions and under TYPE_CHECKING count too. The last tests prove the check on bad examples.
 """
 
 import ast
@@ -114,8 +114,8 @@ def imports(module: str, source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             origin = absolute(module, node)
-            # `from nodes import protocol` names a module, `from nodes.protocol import Heartbeat` a thing in one:
-            # both are judged by the dotted name, since a prefix decides.
+            # `from nodes import protocol` names a module, and `from nodes.protocol import Heartbeat` a
+            # thing in one: both are judged by the dotted name, since a prefix decides.
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 

@@ -1,0 +1,60 @@
+"""Owns `poolgate serve`: the gateway alone, against given stores.
+
+The supervisor and its workers are gateway/supervisor.py's.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from config.embedded import EmbeddedNotRunning, embedded_urls
+from config.procs import die_with_parent
+from gateway.cli.output import Refused
+from gateway.cli.parsing import Parser, add_command, settings_of, settings_options
+
+# `poolgate up` was killed and its stores with it: what turns still use can't be recorded.
+PARENT_GONE_S = 8.0
+
+DETAILS = """\
+Runs the gateway's workers in the foreground until SIGTERM or Ctrl-C; begun turns then have
+shutdown_grace_s to end. It starts no stores and no engines: those of DATABASE_URL and REDIS_URL, or
+of a running `poolgate up` in --data-dir, are used, and nodes join with `poolgate agent`.
+Run `poolgate migrate` before it when the version changed."""
+
+EXAMPLES = """\
+  DATABASE_URL=postgresql://... REDIS_URL=redis://... poolgate serve --host 0.0.0.0 --workers 4
+  poolgate serve --config /etc/poolgate.toml
+  POOLGATE_LOG_FORMAT=json poolgate serve"""
+
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = add_command(
+        commands, "serve", "run the gateway, with given stores", run=run, details=DETAILS, examples=EXAMPLES,
+        options=(settings_options(),),
+    )  # fmt: skip
+    add_listening(parser)
+
+
+def add_listening(parser: Parser) -> None:
+    group = parser.add_argument_group("gateway")
+    group.add_argument("--host", help="address to listen on; 0.0.0.0: the network (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, help="port to listen on (default: 8080)")
+    group.add_argument("--workers", metavar="N", type=int, help="processes, about one a core (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = settings_of(args, host=args.host, port=args.port, workers=args.workers)
+    if not (settings.database_url and settings.redis_url):
+        try:
+            database_url, redis_url = embedded_urls(Path(settings.data_dir))
+        except EmbeddedNotRunning as error:
+            raise Refused(str(error)) from None
+        settings = replace(
+            settings,
+            database_url=settings.database_url or database_url,
+            redis_url=settings.redis_url or redis_url,
+        )
+    die_with_parent(bound_s=PARENT_GONE_S)
+    from gateway.supervisor import serve  # here: the other commands start without loading a web server
+
+    return serve(settings)
