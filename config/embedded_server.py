@@ -185,7 +185,7 @@ def program_of(pid: int) -> str:
         except OSError:
             return ""
     command = ["ps", "-o", "comm=", "-p", str(pid)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - only a number varies
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     return Path(listed.stdout.strip()).name
 
 

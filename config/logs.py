@@ -27,11 +27,8 @@ def setup_logs(settings: Settings, process: str, *, stream: TextIO | None = None
     Our own loggers log from `log_level`, those of libraries from warning. May be called again.
     """
     stream = stream or sys.stderr
-    formatter: logging.Formatter
-    if settings.log_format == "json":
-        formatter = JsonLines(process)
-    else:
-        formatter = HumanLines(process, in_colour=stream.isatty())
+    is_json = settings.log_format == "json"
+    formatter = JsonLines(process) if is_json else HumanLines(process, in_colour=stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)
     root = logging.getLogger()

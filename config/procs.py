@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -85,9 +86,8 @@ def die_with_parent(on_death: Callable[[], None] | None = None, *, bound_s: floa
     stop. Whatever it then does, it is gone after `bound_s` seconds.
     """
     value = os.environ.pop(PARENT_FD, "")  # popped: our own children must not take the number for theirs
-    if not value.isdigit():
+    if not (value.isdigit() and _is_pipe(lifeline := int(value))):
         return False
-    lifeline = int(value)
     os.set_inheritable(lifeline, False)
     watch = threading.Thread(
         target=_await_death,
@@ -121,6 +121,14 @@ def pdeathsig(death_signal: int) -> Callable[[], None]:
             os._exit(1)
 
     return set_death_signal
+
+
+def _is_pipe(descriptor: int) -> bool:
+    """False where the variable came from a grandparent that passed its descriptor only to our parent."""
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 def _await_death(lifeline: int, on_death: Callable[[], None], bound_s: float) -> None:

@@ -246,7 +246,8 @@ def markdown() -> Iterator[str]:
     yield "|---|---|---|---|"
     for knob in _KNOBS.values():
         default = f"`{_plain(knob.default)}`" if knob.default != "" else "empty"
-        yield f"| `{knob.name}` | {default} | {allowed(knob)} | {knob.metadata['why']} |"
+        why = knob.metadata["why"].replace("|", "\\|")
+        yield f"| `{knob.name}` | {default} | {allowed(knob)} | {why} |"
 
 
 def main(arguments: list[str]) -> int:

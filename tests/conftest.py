@@ -30,6 +30,18 @@ TEST_TIMEOUT_S = 10.0
 _numbers = itertools.count(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "root: proves what only root can do, and is left out for others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Becoming another user takes root: elsewhere those tests are deselected, and pytest says how many."""
+    if os.geteuid() != 0:
+        left_out = [item for item in items if item.get_closest_marker("root")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("root")]
+
+
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests run on the event loop that the gateway runs on."""
     return {"uvloop": uvloop.new_event_loop}

@@ -32,7 +32,6 @@ from config.valkey import open_valkey
 from tests.waiting import BOUND_S, is_gone, wait_until
 
 ROOT = Path(__file__).parents[2]
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 # What a child does: own the stores, say their pids, and wait to be killed.
 # Given a user id it becomes that user, for whom this Python and its packages may be out of reach.
@@ -198,6 +197,10 @@ def test_a_folder_with_a_long_or_odd_name_works(tmp_path: Path, folder: str):
     with EmbeddedStores.start(tmp_path / folder) as stores:
         write_and_read(stores)
         assert embedded_urls(tmp_path / folder) == (stores.database_url, stores.redis_url)
+        links = {Path(stores.redis_url.removeprefix("unix://").partition("/valkey/")[0])} - {
+            tmp_path / folder
+        }
+    assert not any(link.is_symlink() for link in links)
 
 
 def test_no_one_else_can_read_the_data(tmp_path: Path):
@@ -297,7 +300,7 @@ def test_a_start_that_lost_the_race_for_shared_memory_is_tried_again(tmp_path: P
     server.stop()
 
 
-@as_root
+@pytest.mark.root
 def test_root_can_keep_data_where_no_one_else_may_go(tmp_path: Path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -316,7 +319,7 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@as_root
+@pytest.mark.root
 def test_binaries_that_the_server_user_can_not_reach_are_copied_aside(
     tmp_path: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -340,7 +343,7 @@ def test_binaries_that_the_server_user_can_not_reach_are_copied_aside(
     assert len([line for line in told if "copying" in line]) == 1
 
 
-@as_root
+@pytest.mark.root
 def test_an_ordinary_user_can_own_them_and_root_may_take_them_over(
     open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -366,6 +369,12 @@ def test_an_ordinary_user_can_own_them_and_root_may_take_them_over(
         assert {psutil.Process(pid).uids().effective for pid in stores.pids.values()} == {user}
     with owner_process(data_dir, postgres, valkey, user) as (_, pids):
         assert len(pids) == 2
+
+
+def test_a_data_folder_that_can_not_be_one_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EmbeddedStartFailed, match=f"{tmp_path}/file can't be used"):
+        EmbeddedStores.start(tmp_path / "file")
 
 
 def test_a_program_that_can_not_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -117,6 +117,8 @@ def test_environment_and_descriptors_are_passed_on():
 def test_who_was_not_spawned_watches_nobody(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(PARENT_FD, raising=False)
     assert not die_with_parent()
+    monkeypatch.setenv(PARENT_FD, "999999")  # left by a grandparent, whose descriptor we don't have
+    assert not die_with_parent()
 
 
 def test_a_death_signal_is_refused_outside_the_main_thread():
