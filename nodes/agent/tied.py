@@ -11,11 +11,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
+ROUNDS_MAX = 200
+MARK = "POOLGATE_TIE"  # in the environment of all processes of one command: finds them in any session
 
 
 class TiedProcess:
@@ -29,12 +33,13 @@ class TiedProcess:
         output: IO[Any] | int = subprocess.DEVNULL,
         cwd: Path | None = None,
     ) -> None:
+        self._mark = uuid.uuid4().hex
         read_end, self._tie = os.pipe()
         try:
             self._process = subprocess.Popen(  # noqa: S603 - no shell; the command is ours
                 # -I -S: neither the user's site nor ours is needed, and the start takes 15 ms instead of 60
                 [sys.executable, "-I", "-S", str(WATCHDOG), str(read_end), "--", *command],
-                env=None if env is None else dict(env),
+                env={**(os.environ if env is None else env), MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -96,13 +101,30 @@ class TiedProcess:
                 os.close(self._tie)
 
     def _sweep(self) -> None:
-        """After the watchdog's end: its group holds only what a watchdog killed itself could not end."""
+        """End what a watchdog that was killed itself could not: its group, and who left the group."""
         self.kill()
         with self._lock:
-            if not self._is_swept:  # once: later the number may be another group's
-                self._is_swept = True
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+            if self._is_swept:  # once: later the number may be another group's
+                return
+            self._is_swept = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            if self._process.returncode < 0:
+                _kill_marked(f"{MARK}={self._mark}".encode())
+
+
+def _kill_marked(mark: bytes) -> None:
+    """Kill every process with the mark in its environment (Linux), until there is none: some may be forking."""
+    for _ in range(ROUNDS_MAX):
+        found = False
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                if mark in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+                    found = True
+        if not found:
+            return
+        time.sleep(0.01)
 
 
 def _settle(future: "asyncio.Future[int]", code: int) -> None:

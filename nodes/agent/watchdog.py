@@ -7,7 +7,7 @@ affair.
 What ends what (Linux):
     owner dies      the pipe ends: every descendant is killed, whatever session or group it moved to
     command exits   every other descendant is killed; the watchdog exits with its code (128 + signal)
-    watchdog dies   the command gets SIGKILL from the kernel, its children from the owner's `killpg`
+    watchdog dies   the command gets SIGKILL from the kernel, all others from the owner (`tied`)
     SIGTERM         is passed to the command alone, which ends its own children in order
 Where there is no /proc (macOS), the process group is killed instead of the descendants.
 """
