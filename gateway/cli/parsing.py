@@ -48,6 +48,8 @@ def explain(message: str, known: list[str]) -> str:
             near = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
             offer = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(known)}."
             return f"there is no command `{typed}`; {offer}"
+    if message == "the following arguments are required: COMMAND":
+        return f"say what to do: {', '.join(known)}."
     if message.startswith("the following arguments are required: "):
         return f"missing: {message.partition(': ')[2]}."
     return f"{message.rstrip('.')}."
@@ -55,7 +57,7 @@ def explain(message: str, known: list[str]) -> str:
 
 def add_command(
     commands: "argparse._SubParsersAction[Parser]", name: str, summary: str, *, run: Run | None = None,
-    details: str = "", examples: str = "", options: tuple[argparse.ArgumentParser, ...] = (),
+    details: str = "", examples: str = "", options: tuple[Parser, ...] = (),
 ) -> Parser:  # fmt: skip
     """One command; `summary` stands in the list of commands and opens its own help, `examples` close it."""
     description = summary[:1].upper() + summary[1:] + "." + (f"\n\n{details}" if details else "")
@@ -64,7 +66,7 @@ def add_command(
         help=summary,
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
-        parents=[*options],
+        parents=options,
     )
     if run is not None:
         parser.set_defaults(run=run)
@@ -78,9 +80,9 @@ def add_group(parser: Parser) -> "argparse._SubParsersAction[Parser]":
     )
 
 
-def settings_options() -> argparse.ArgumentParser:
+def settings_options() -> Parser:
     """Options of every command that reads settings."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     group = parser.add_argument_group("settings")
     group.add_argument(
         "--data-dir",
@@ -93,8 +95,8 @@ def settings_options() -> argparse.ArgumentParser:
     return parser
 
 
-def json_option() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def json_option() -> Parser:
+    parser = Parser(add_help=False)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 

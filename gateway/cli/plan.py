@@ -98,8 +98,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
                 f"--key makes a key that others may guess, so it works on loopback only and not with --host "
                 f"{settings.host}: leave --key away, or make keys with `poolgate key create`"
             )
-    if reason := why_port_is_taken(settings.host, settings.port):
-        raise Refused(f"{reason}: stop what uses it, or choose another one with --port")
     return Plan(
         settings=replace(
             settings,
@@ -113,6 +111,12 @@ def plan_of(args: argparse.Namespace) -> Plan:
         models=models,
         engine_urls=engine_urls,
     )
+
+
+def check_port(plan: Plan) -> None:
+    """Refused when nothing could listen there."""
+    if reason := why_port_is_taken(plan.settings.host, plan.settings.port):
+        raise Refused(f"{reason}: stop what uses it, or choose another one with --port")
 
 
 def is_loopback(host: str) -> bool:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from config.embedded import DataFolderInUse, EmbeddedStartFailed, EmbeddedStores
@@ -22,7 +23,7 @@ from gateway.cli.logfiles import LogFile
 from gateway.cli.output import Refused, stderr
 from gateway.cli.parsing import Parser, add_command, settings_options
 from gateway.cli.parts import ChildPart, GaveUp, Parts
-from gateway.cli.plan import Plan, plan_of
+from gateway.cli.plan import Plan, check_port, plan_of
 from gateway.cli.probes import answers, available_models
 from gateway.cli.serve import add_listening
 from gateway.cli.snippets import Greeting, greeting
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_of(args)
     stop = StopRequest()
     with stop.installed(), folder.own(plan.data_dir, plan.base_url):
+        check_port(plan)  # after the folder: a second `up` is told of the first one, not of its port
         steps = Steps(stderr())
         parts = Parts(tell=lambda words: steps.tell(words, style="yellow"))
         try:
@@ -205,7 +207,7 @@ class System:
                     raise GaveUp(f"the gateway opens no port; {log.path} ends with:\n{log.tail()}")
             say(f"={self._plan.base_url}")
 
-    def _start_agent(self, identity: Identity, models: tuple[str, ...]) -> None:
+    def _start_agent(self, identity: Identity, models: tuple[Path, ...]) -> None:
         settings = self._plan.settings
         self._parts.start(
             ChildPart(

@@ -1,0 +1,252 @@
+"""The commands that read and write the stores, against a real PostgreSQL."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from billing.usage import UsageRecord, UsageWriter
+from config.defaults import Settings
+from config.embedded import EmbeddedStores
+from config.postgres import open_pool
+from gateway.__main__ import main
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import hash_secret, load_pepper
+from tests.conftest import database_named
+
+Cli = Callable[..., str]
+
+
+@pytest.fixture
+def cli(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs a command against the test's stores and gives what it printed; `code` is the expected exit code."""
+    monkeypatch.setenv("DATABASE_URL", settings.database_url)
+    monkeypatch.setenv("REDIS_URL", settings.redis_url)
+    monkeypatch.setenv("POOLGATE_DATA_DIR", settings.data_dir)
+    monkeypatch.setenv("POOLGATE_KEY_PEPPER", settings.key_pepper)
+    monkeypatch.delenv("POOLGATE_DEBUG", raising=False)
+
+    def run(*typed: str, code: int = 0) -> str:
+        assert main(typed) == code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return printed.err if code else printed.out
+
+    return run
+
+
+def as_json(text: str) -> Any:
+    return json.loads(text)
+
+
+def test_an_account_is_made_listed_shown_and_credited(cli: Cli) -> None:
+    made = as_json(cli("account", "create", "--name", "acme", "--balance", "5.00", "--json"))
+    assert (made["name"], made["balance"], made["balance_nano"]) == ("acme", "5.00", 5 * 10**9)
+    assert made["currency"] == "SAR"
+    assert made["roles"] == ["renter"]
+    assert as_json(cli("account", "credit", "acme", "0.25", "--json"))["balance"] == "5.25"
+    assert as_json(cli("account", "credit", "acme", "--json", "--", "-1"))["balance"] == "4.25"
+    assert as_json(cli("account", "show", str(made["id"]), "--json"))["balance"] == "4.25"
+    assert [account["name"] for account in as_json(cli("account", "list", "--json"))] == ["acme"]
+    assert "4.25 SAR" in cli("account", "list")
+    assert "4.25 SAR" in cli("account", "show", "acme")
+
+
+def test_an_account_name_is_taken_once(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme")
+    assert "`poolgate account show acme` shows it" in cli("account", "create", "--name", "acme", code=1)
+
+
+def test_an_unknown_account_is_told_with_a_way_out(cli: Cli) -> None:
+    for typed in (
+        ["account", "show", "nobody"],
+        ["key", "create", "--account", "nobody"],
+        ["usage", "--account", "nobody"],
+    ):
+        assert "there is no account 'nobody': `poolgate account list` shows them" in cli(*typed, code=1)
+
+
+def test_empty_lists_say_what_to_do(cli: Cli) -> None:
+    assert "poolgate account create" in cli("account", "list")
+    assert "poolgate key create" in cli("key", "list")
+    assert "nothing was used" in cli("usage")
+    assert as_json(cli("key", "list", "--json")) == []
+
+
+def test_a_key_is_shown_once_and_works_until_it_is_revoked(cli: Cli, settings: Settings) -> None:
+    cli("account", "create", "--name", "acme")
+    made = as_json(
+        cli("key", "create", "--account", "acme", "--name", "ci", "--model", "a", "--model", "b", "--json")
+    )
+    assert made["key"].startswith(settings.inference_key_prefix)
+    assert made["models"] == ["a", "b"]
+    principal = find(settings, made["key"])
+    assert principal is not None
+    assert principal.models == {"a", "b"}
+    listed = cli("key", "list", "--json")
+    assert made["key"] not in listed
+    assert as_json(listed)[0]["account"] == "acme"
+    assert f"{made['prefix']}…" in cli("key", "list", "--account", "acme")
+    assert as_json(cli("key", "revoke", str(made["id"]), "--json"))["revoked_at"] is not None
+    assert find(settings, made["key"]) is None
+    assert "revoked" in cli("key", "list")
+
+
+def test_a_key_is_revoked_by_the_characters_that_lists_show(cli: Cli, settings: Settings) -> None:
+    cli("account", "create", "--name", "acme")
+    made = as_json(cli("key", "create", "--account", "acme", "--json"))
+    other = as_json(cli("key", "create", "--account", "acme", "--json"))
+    cli("key", "revoke", made["prefix"])
+    assert find(settings, made["key"]) is None
+    assert find(settings, other["key"]) is not None
+    assert "there is no such key" in cli("key", "revoke", "sk-pg-", code=1)
+    assert "there is no such key" in cli("key", "revoke", "999", code=1)
+
+
+def test_a_node_key_is_for_providers_only(cli: Cli, settings: Settings) -> None:
+    cli("account", "create", "--name", "acme")
+    refused = cli("key", "create", "--account", "acme", "--scope", "node", code=1)
+    assert "--provider" in refused
+    cli("account", "create", "--name", "rack-1", "--provider")
+    key = as_json(cli("key", "create", "--account", "rack-1", "--scope", "node", "--json"))
+    assert key["key"].startswith(settings.provider_key_prefix)
+    assert "--admin" in cli("key", "create", "--account", "acme", "--scope", "admin", code=1)
+
+
+def test_usage_is_summed_by_model_day_key_and_account(cli: Cli, settings: Settings) -> None:
+    account = as_json(cli("account", "create", "--name", "acme", "--balance", "1", "--json"))
+    key = as_json(cli("key", "create", "--account", "acme", "--name", "ci", "--json"))
+    use(settings, account["id"], key["id"], "small", amount_nano=250_000_000)
+    use(settings, account["id"], key["id"], "large", amount_nano=500_000_000)
+    use(settings, account["id"], key["id"], "large", amount_nano=0)
+    summed = as_json(cli("usage", "--since", "1h", "--json"))
+    assert summed["total"]["turns"] == 3
+    assert summed["total"]["amount"] == "0.75"
+    assert [(group["model"], group["turns"]) for group in summed["groups"]] == [("large", 2), ("small", 1)]
+    for by in ("day", "key", "account"):
+        assert as_json(cli("usage", "--by", by, "--json"))["groups"][0]["turns"] == 3
+    assert as_json(cli("usage", "--account", "acme", "--json"))["total"]["turns"] == 3
+    table = cli("usage")
+    assert "0.75 SAR" in table
+    assert "█" in table
+
+
+def test_migrate_brings_an_empty_database_up_and_then_has_nothing_to_do(
+    cli: Cli, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = database_named(settings.database_url, "cli_migrate")
+    asyncio.run(execute(settings.database_url, "create database cli_migrate"))
+    try:
+        monkeypatch.setenv("DATABASE_URL", url)
+        assert "run `poolgate migrate` first" in cli("account", "list", code=1)
+        applied = as_json(cli("migrate", "--json"))["applied"]
+        assert applied[0] == "0001_accounts"
+        assert "up to date" in cli("migrate")
+        assert as_json(cli("account", "list", "--json")) == []
+    finally:
+        asyncio.run(execute(settings.database_url, "drop database cli_migrate with (force)"))
+
+
+def test_a_database_that_can_not_be_reached_is_told_without_its_password(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://someone:hunter2@127.0.0.1:1/poolgate")
+    told = cli("account", "list", code=1)
+    assert "PostgreSQL at 127.0.0.1:1 can't be reached" in told
+    assert "hunter2" not in told
+
+
+def test_commands_use_the_running_stores_of_a_data_folder(
+    cli: Cli, private_stores: EmbeddedStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL")
+    monkeypatch.delenv("REDIS_URL")
+    folder = str(private_stores.data_dir)
+    cli("migrate", "--data-dir", folder)
+    cli("account", "create", "--name", "acme", "--data-dir", folder)
+    assert [one["name"] for one in as_json(cli("account", "list", "--data-dir", folder, "--json"))] == [
+        "acme"
+    ]
+
+
+def test_commands_start_the_stores_of_a_data_folder_that_nothing_runs(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("DATABASE_URL")
+    monkeypatch.delenv("REDIS_URL")
+    folder = str(tmp_path / "own")
+    cli("account", "create", "--name", "acme", "--data-dir", folder)
+    assert [one["name"] for one in as_json(cli("account", "list", "--data-dir", folder, "--json"))] == [
+        "acme"
+    ]
+
+
+def test_doctor_looks_at_everything_and_fails_nothing_on_a_sound_machine(
+    cli: Cli, unused_tcp_port: int
+) -> None:
+    checks = {
+        check["name"]: check for check in as_json(cli("doctor", "--port", str(unused_tcp_port), "--json"))
+    }
+    assert {"python", "postgresql", "valkey", "port", "engine", "model", "gpu", "disk"} <= set(checks)
+    assert checks["postgresql"]["state"] == "ok"
+    assert checks["valkey"]["state"] == "ok"
+    assert all(check["advice"] for check in checks.values() if check["state"] != "ok")
+
+
+def test_doctor_says_what_to_do_about_a_dead_store_without_its_password(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unused_tcp_port: int,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://someone:hunter2@127.0.0.1:1/poolgate")
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1:1/0")
+    monkeypatch.setenv("POOLGATE_DATA_DIR", settings.data_dir)
+    assert main(["doctor", "--port", str(unused_tcp_port), "--json"]) == 1
+    told = capsys.readouterr().out
+    checks = {check["name"]: check for check in as_json(told)}
+    assert "DATABASE_URL" in checks["postgresql"]["advice"]
+    assert "REDIS_URL" in checks["valkey"]["advice"]
+    assert "hunter2" not in told
+
+
+def find(settings: Settings, secret: str) -> Any:
+    async def ask() -> Any:
+        async with await open_pool(settings.database_url, max_size=1, timeout_s=10) as pool:
+            pepper = load_pepper(settings)
+            return await KeyStore(pool, pepper).find(hash_secret(pepper, secret))
+
+    return asyncio.run(ask())
+
+
+def use(settings: Settings, account_id: int, key_id: int, model: str, *, amount_nano: int) -> None:
+    record = UsageRecord(
+        turn_id=uuid4(), account_id=account_id, key_id=key_id, started_at=time.time(), surface="openai",
+        model=model, node_id=None, engine_id=None, stream=False, outcome="finished", status=200,
+        prompt_tokens=10, cached_tokens=0, completion_tokens=5, estimated=False, ttft_ms=1, duration_ms=2,
+        amount_nano=amount_nano, price_ref="test",
+    )  # fmt: skip
+
+    async def write() -> None:
+        async with await open_pool(settings.database_url, max_size=2, timeout_s=10) as pool:
+            writer = UsageWriter(pool, settings)
+            running = asyncio.create_task(writer.run())
+            writer.add(record)
+            await writer.close()
+            running.cancel()
+
+    asyncio.run(write())
+
+
+async def execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
