@@ -61,8 +61,9 @@ class Engine:
         self._backoff = Backoff(settings.engine_restart_s, settings.engine_restart_max_s)
 
     async def run(self) -> None:
+        reason = ""
         while not self._stopping.asked.is_set():
-            reason = await self._live()
+            reason = await self._live(reason)
             if not self._stopping.asked.is_set():
                 pause_s = self._backoff.next_s()
                 self.slot.restarts += 1
@@ -70,15 +71,15 @@ class Engine:
                 await self._stopping.pause(pause_s)
         self.slot.move(STOPPED)
 
-    async def _live(self) -> str:
-        """One process from its start to its end; why it ended."""
+    async def _live(self, before: str) -> str:
+        """One process from its start to its end; why it ended. `before` is why the one before it did."""
         port = _free_port()
         self.slot.url = f"http://127.0.0.1:{port}"
-        self.slot.move(STARTING)
+        self.slot.move(STARTING, f"again, because the last one {before}" if before else "")
         try:
             process = self._start(port)
         except OSError as error:
-            return f"can't be started: {error}"
+            return f"could not be started: {error}"
         life = _Life(process, self._probe_of(self.slot.url))
         try:
             reason = await self._until_ready(life)
@@ -105,7 +106,7 @@ class Engine:
                 waited = asyncio.get_running_loop().time() - began
                 if waited > self._settings.engine_start_timeout_s:
                     words = self._log.last_words()
-                    return f"not ready after {waited:.0f} s ({failure}); last words:\n{words}"
+                    return f"was not ready after {waited:.0f} s ({failure}); last words:\n{words}"
                 continue
             life.ready_at = asyncio.get_running_loop().time()
             self.slot.move(READY, f"ready {life.ready_at - began:.1f} s after its start")
@@ -183,7 +184,7 @@ class Engine:
         if not life.has_exited:
             return ""
         code = life.exited.result()
-        how = f"killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
+        how = f"was killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
         return f"{how}; last words:\n{self._log.last_words()}"
 
 
