@@ -18,6 +18,7 @@ from gateway.cli.development import check_given_key
 from gateway.cli.output import Refused
 from gateway.cli.parsing import OWN_VARIABLES, settings_of
 from gateway.cli.probes import reachable_base_url, why_port_is_taken
+from gateway.cli.serve import check_price_book
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise Refused("--model starts an engine and --engine-url uses one that runs: give one of the two")
     if args.no_node and (engine_urls or models):
         raise Refused("--no-node starts no agent, so it does not go together with --model or --engine-url")
+    check_price_book(settings)
     if args.key is not None:
         check_given_key(args.key)
         if not is_loopback(settings.host):

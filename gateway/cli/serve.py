@@ -7,8 +7,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from billing.prices import BadPriceBook, PriceBook
+from config.defaults import Settings
 from config.embedded import EmbeddedNotRunning, embedded_urls
 from config.procs import die_with_parent
+from config.settings import BadSetting
 from gateway.cli.output import Refused
 from gateway.cli.parsing import Parser, add_command, settings_of, settings_options
 
@@ -54,7 +57,16 @@ def run(args: argparse.Namespace) -> int:
             database_url=settings.database_url or database_url,
             redis_url=settings.redis_url or redis_url,
         )
+    check_price_book(settings)
     die_with_parent(bound_s=PARENT_GONE_S)
     from gateway.supervisor import serve  # here: the other commands start without loading a web server
 
     return serve(settings)
+
+
+def check_price_book(settings: Settings) -> None:
+    """Raises BadSetting: told once here, instead of by each worker that can't start."""
+    try:
+        PriceBook.load(Path(settings.price_book) if settings.price_book else None)
+    except BadPriceBook as error:
+        raise BadSetting(f"price_book = {settings.price_book!r}: {error}") from error

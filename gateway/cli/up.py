@@ -33,7 +33,7 @@ from gateway.cli.stores import explained
 TICK_S = 0.2
 MODELS_EVERY_S = 0.5
 # A gateway that opens no port for this long has a fault that waiting does not mend.
-GATEWAY_BOUND_S = 60.0
+GATEWAY_BOUND_S = 30.0
 # Given engines that do not answer within this are waited for in the background, the key is shown meanwhile.
 GIVEN_ENGINE_PATIENCE_S = 5.0
 # Beyond the grace that parts give begun turns: closing connections and writing what is left.
