@@ -155,6 +155,8 @@ class Completion:
         tops: list[dict[str, float] | None] = [{token: -0.25} for token in tokens]
         if asked:
             values[0], tops[0] = None, None
+            for index, token in enumerate(asked[1:], 1):
+                tops[index] = {token: -0.25, "-": -0.125}  # what was asked is rarely what was likely
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
     def _prompt_logprobs(self, prompt: str) -> list[dict[str, Any] | None]:

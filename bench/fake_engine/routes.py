@@ -3,6 +3,7 @@
 Inference goes through `inference`, the engine's own knobs and records through `control`.
 """
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,9 @@ def handle(engine: "Engine", client: "Connection", request: "Request") -> None:
         _dispatch(engine, client, request)
     except Refusal as refused:
         client.answer(refused.status, refused.body)
+    except Exception:  # noqa: BLE001 - a bug of the stand-in, or a body that nobody foresaw: seen, not fatal
+        traceback.print_exc()
+        client.answer(500, b"Internal Server Error", content_type=b"text/plain; charset=utf-8")
 
 
 def _dispatch(engine: "Engine", client: "Connection", request: "Request") -> None:

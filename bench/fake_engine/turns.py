@@ -246,7 +246,7 @@ class Turn:
             return
         engine.served += 1
         for answer in self.ask.answers:
-            engine.finish_reasons[answer.finish] += 1
+            engine.finish_reasons["length" if answer.finish == "length" else "stop"] += 1
         engine.e2e_time.observe(now - timing.arrived)
         engine.queue_time.observe(timing.started - timing.arrived)
         engine.prefill_time.observe(timing.first_token - timing.started)
