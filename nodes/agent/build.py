@@ -215,7 +215,7 @@ class _Build:
                     elapsed = time.monotonic() - began
                     if elapsed >= next_tick:
                         next_tick = elapsed + TICK_S
-                        self._progress(Progress(step, "going", elapsed, self._tail(1)[-100:]))
+                        self._progress(Progress(step, "going", elapsed, self._doing()))
                     time.sleep(0.1)
             finally:
                 process.kill()
@@ -228,6 +228,12 @@ class _Build:
         advice = next((advice for sign, advice in HINTS if sign in tail), otherwise)
         head = f"{TITLES[step]}: failed with code {code}"
         return f"{head}\n{tail}\n\nWhole output: {self._log}\nWhat to do: {advice}"
+
+    def _doing(self) -> str:
+        """What pip said last of its work, without its warnings."""
+        lines = [line.strip() for line in self._tail(50).splitlines()]
+        work = [line for line in lines if line.startswith(("Collecting", "Downloading", "Installing"))]
+        return work[-1][:60] if work else ""
 
     def _tail(self, lines: int) -> str:
         with self._log.open("rb") as log:

@@ -70,11 +70,11 @@ async def run_agent(options: AgentOptions) -> None:
 
 
 def find_engine_python() -> Path | None:
-    """The CPU engine's interpreter (`<our environment>/engine`), or our own if it has vLLM."""
+    """Our own interpreter if it has vLLM, as on GPU hosts, else the CPU engine's (`<our environment>/engine`)."""
+    if importlib.util.find_spec("vllm") is not None:
+        return Path(sys.executable)
     status = engine_status(Path(sys.prefix) / "engine")
-    if status.is_ready:
-        return status.python
-    return Path(sys.executable) if importlib.util.find_spec("vllm") is not None else None
+    return status.python if status.is_ready else None
 
 
 class _Agent:

@@ -82,9 +82,10 @@ class Supervisor:
 
 
 def find_openmp(python: Path) -> Path | None:
-    """Intel's OpenMP library in the environment of `python`, if it has one."""
+    """Intel's OpenMP library in the environment of `python`, if it has one. LD_PRELOAD can't name a path with a
+    space or a colon; vLLM then takes PyTorch's own OpenMP, which is as right and somewhat slower."""
     library = python.parent.parent / "lib" / "libiomp5.so"
-    return library if library.exists() else None
+    return library if library.exists() and not re.search(r"[\s:]", str(library)) else None
 
 
 def _command(
