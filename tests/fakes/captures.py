@@ -72,7 +72,9 @@ def parse(raw: bytes) -> Answer:
         data = body[size.end() : size.end() + length]
         if len(data) < length:
             break
-        assert body[size.end() + length : size.end() + length + 2] in (b"\r\n", b""), "chunk without its end"
+        assert body[size.end() + length : size.end() + length + 2] in (b"\r\n", b"\r", b""), (
+            "chunk without its end"
+        )
         place = size.end() + length + 2
         if length == 0:
             return Answer(status, headers, chunks, body, is_whole=True)

@@ -119,7 +119,7 @@ async def lora(running: dict[str, FakeEngine]) -> FakeEngine:
     return engine
 
 
-def test_every_capture_is_compared_or_has_a_reason_not_to_be() -> None:
+async def test_every_capture_is_compared_or_has_a_reason_not_to_be() -> None:
     lists = [EXACT, EXACT_BUT_USAGE, list(SAME_SHAPE), sorted(STAGED), list(NOT_COMPARED)]
     listed = [name for names in lists for name in names]
     assert sorted(listed) == sorted(set(listed))
@@ -359,7 +359,7 @@ def _samples(text: bytes) -> dict[str, set[str]]:
     return found
 
 
-def test_script_repeats_a_captured_stream_token_by_token() -> None:
+async def test_script_repeats_a_captured_stream_token_by_token() -> None:
     said = captures.script("chat_stream_usage")
     assert len(said["answer"][0]) == 32
     assert said["prompt_tokens"] == 37
