@@ -8,8 +8,9 @@ When this runs, and that one process at a time runs it, is the caller's to arran
 import datetime as dt
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import asyncpg
 
@@ -22,6 +23,8 @@ DAYS_AHEAD = 7
 
 LOCK_TIMEOUT_MS = 2000
 """A long report must not make this, and with it every writer behind it, wait: the next run tries again."""
+
+Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 NAME = re.compile(r"usage_([0-9]{8})")
 
@@ -50,9 +53,9 @@ async def keep_partitions(pool: asyncpg.Pool, settings: Settings) -> PartitionPl
         today = await connection.fetchval("select (clock_timestamp() at time zone 'utc')::date")
         plan = plan_partitions(await _days(connection), today, settings.usage_retention_days)
         for day in plan.make:
-            await _make(connection, day)
+            await _without_waiting(connection, _make, day)
         for day in plan.drop:
-            await _drop(connection, day)
+            await _without_waiting(connection, _drop, day)
         oldest = _start(today - dt.timedelta(days=settings.usage_retention_days))
         await connection.execute("delete from usage_default where started_at < $1", oldest)
     if plan.make or plan.drop:
@@ -62,7 +65,7 @@ async def keep_partitions(pool: asyncpg.Pool, settings: Settings) -> PartitionPl
     return plan
 
 
-async def _days(connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]") -> set[dt.date]:
+async def _days(connection: Connection) -> set[dt.date]:
     rows = await connection.fetch(
         "select c.relname::text from pg_inherits i join pg_class c on c.oid = i.inhrelid"
         " where i.inhparent = 'usage'::regclass"
@@ -71,33 +74,47 @@ async def _days(connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]") 
     return {dt.datetime.strptime(name[1], "%Y%m%d").replace(tzinfo=dt.UTC).date() for name in names if name}
 
 
-async def _make(connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", day: dt.date) -> None:
-    """Make the table aside, move into it what already came for its day, then attach it.
+async def _make(connection: Connection, day: dt.date) -> None:
+    """Make the table aside, move into it what came for its day before it was there, then attach it.
 
-    Attaching takes no lock that keeps writers of other partitions away, as `create ... partition of` would.
+    Writers wait for the parent meanwhile. One that had begun to write into usage_default would find, its lock
+    granted, that the row belongs elsewhere, and be refused.
     """
     start, end = _start(day), _start(day + dt.timedelta(days=1))
     name = f"usage_{day:%Y%m%d}"
-    async with connection.transaction():
-        await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
-        await connection.execute("lock table usage_default in access exclusive mode")
-        await connection.execute(f"create table {name} (like usage including all)")
-        await connection.execute(
-            "with moved as (delete from usage_default where started_at >= $1 and started_at < $2 returning *)"
-            f" insert into {name} select * from moved",
-            start,
-            end,
-        )
-        await connection.execute(
-            f"alter table usage attach partition {name}"
-            f" for values from ('{start.isoformat()}') to ('{end.isoformat()}')"
-        )
+    await connection.execute("lock table usage in share row exclusive mode")
+    if await connection.fetchval("select to_regclass($1) is not null", name):
+        return  # by somebody else, while this waited
+    await connection.execute(f"create table {name} (like usage including all)")
+    await connection.execute(
+        "with moved as (delete from usage_default where started_at >= $1 and started_at < $2 returning *)"
+        f" insert into {name} select * from moved",
+        start,
+        end,
+    )
+    await connection.execute(
+        f"alter table usage attach partition {name}"
+        f" for values from ('{start.isoformat()}') to ('{end.isoformat()}')"
+    )
 
 
-async def _drop(connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]", day: dt.date) -> None:
-    async with connection.transaction():
-        await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
-        await connection.execute(f"drop table usage_{day:%Y%m%d}")
+async def _drop(connection: Connection, day: dt.date) -> None:
+    await connection.execute(f"drop table if exists usage_{day:%Y%m%d}")
+
+
+async def _without_waiting(
+    connection: Connection, step: Callable[[Connection, dt.date], Awaitable[None]], day: dt.date
+) -> None:
+    try:
+        async with connection.transaction():
+            await connection.execute(f"set local lock_timeout = {LOCK_TIMEOUT_MS}")
+            await step(connection, day)
+    except asyncpg.LockNotAvailableError:
+        log.warning(
+            "usage partition of %s is in use, left for the next run",
+            day,
+            extra={"action": "usage_partition_busy", "day": day.isoformat()},
+        )
 
 
 def _start(day: dt.date) -> dt.datetime:

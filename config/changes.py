@@ -12,6 +12,7 @@ from typing import Any
 
 import asyncpg
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from config.defaults import Settings
@@ -35,6 +36,9 @@ WAKE_GAP_S = 0.02
 
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 5.0
 """Pauses between attempts to subscribe: polling goes on meanwhile, so there is no hurry."""
+
+QUIET_S = 15.0
+"""After so long without a message the connection is tried: a host that vanished would never be noticed."""
 
 AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
@@ -95,6 +99,11 @@ class ChangeFeed:
         EVERYTHING.
         """
         self._callbacks.setdefault(kind, []).append(callback)
+
+    @property
+    def was_read(self) -> bool:
+        """Whether a poll succeeded since the start."""
+        return self._read_at is not None
 
     @property
     def is_reading(self) -> bool:
@@ -166,20 +175,31 @@ class ChangeFeed:
         pause_s = RECONNECT_MIN_S
         while True:
             try:
-                async with valkey.pubsub(ignore_subscribe_messages=False) as channel:
+                async with valkey.pubsub() as channel:
                     await channel.subscribe(CHANNEL)
                     if not self._is_listening:
                         log.info("changes are heard again", extra={"action": "changes_heard"})
                     self._is_listening, pause_s = True, RECONNECT_MIN_S
-                    while True:
-                        if await channel.get_message(timeout=None) is not None:
-                            self._wake.set()
+                    await self._hear(channel)
             except (RedisError, OSError, TimeoutError) as error:
                 if self._is_listening:
                     log.warning("changes are polled only: %s", error, extra={"action": "changes_unheard"})
                 self._is_listening = False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RECONNECT_MAX_S)
+
+    async def _hear(self, channel: PubSub) -> None:
+        """Until the connection fails, or nothing comes even after a ping: then the other side is gone."""
+        is_asked = False
+        while True:
+            message = await channel.get_message(timeout=QUIET_S)
+            if message is None and is_asked:
+                raise TimeoutError("no answer to a ping")
+            is_asked = message is None
+            if is_asked:
+                await channel.ping()
+            else:
+                self._wake.set()
 
 
 def _oldest(snapshot: str) -> int:
