@@ -126,6 +126,7 @@ class _Build:
         self._python = str(folder / "bin" / "python")
         self._downloads = folder / "downloads"
         self._model = folder / "models" / MODEL_NAME
+        self._temporary = folder.with_name(folder.name + ".tmp")  # what a killed pip leaves is found again
 
     def run(self) -> None:
         stamp = read_stamp(self._folder)
@@ -209,6 +210,8 @@ class _Build:
         with self._log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
+            self._temporary.mkdir(exist_ok=True)
+            env = {**(os.environ if env is None else env), "TMPDIR": str(self._temporary)}
             process = TiedProcess(command, env=env, output=log)
             try:
                 while (code := process.poll()) is None:
@@ -219,6 +222,8 @@ class _Build:
                     time.sleep(0.1)
             finally:
                 process.kill()
+                process.wait()
+                shutil.rmtree(self._temporary, ignore_errors=True)
         if code != 0:
             raise BuildFailed(self._explain(step, code))
 

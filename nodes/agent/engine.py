@@ -16,6 +16,7 @@ from nodes.agent.backoff import Backoff
 from nodes.agent.command import SHUTDOWN_TIMEOUT_S, Command
 from nodes.agent.engine_log import EngineLog
 from nodes.agent.probe import EngineProbe, ProbeFailed
+from nodes.agent.scratch import Scratch
 from nodes.agent.slot import Slot
 from nodes.agent.stopping import Stopping, happens
 from nodes.agent.tied import TiedProcess
@@ -58,6 +59,7 @@ class Engine:
         self._folder = folder
         self._kind = kind
         self._log = EngineLog(folder / "logs" / f"engine-{slot.engine_id}.log")
+        self._scratch = Scratch(folder / "engines" / slot.engine_id / "tmp")
         self._backoff = Backoff(settings.engine_restart_s, settings.engine_restart_max_s)
 
     async def run(self) -> None:
@@ -89,11 +91,13 @@ class Engine:
 
     def _start(self, port: int) -> TiedProcess:
         command = self._command(port)
+        self._scratch.make()
         # A folder of its own: python -m puts the current one on the import path, and ours has a `config`.
         workplace = self._folder / "engines" / self.slot.engine_id
         workplace.mkdir(parents=True, exist_ok=True)
         with self._log.open() as output:
-            return TiedProcess(command.argv, env=command.env, output=output, cwd=workplace)
+            env = {**command.env, "TMPDIR": str(self._scratch.path)}
+            return TiedProcess(command.argv, env=env, output=output, cwd=workplace)
 
     async def _until_ready(self, life: "_Life") -> str:
         """Empty when it is ready or stopping was asked, else why it did not get ready."""
@@ -175,6 +179,7 @@ class Engine:
         finally:
             life.process.kill()
         await life.exited
+        self._scratch.remove()
 
     async def _pause(self, life: "_Life", seconds: float) -> bool:
         """Wait; True when there is nothing more to wait for: it exited, or stopping was asked."""

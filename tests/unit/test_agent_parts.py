@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import uuid
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nodes.agent.environment import STEPS, engine_status, recipe_hash, write_sta
 from nodes.agent.identity import NodeInUse, node_identity
 from nodes.agent.inventory import Inventory, local_address
 from nodes.agent.reporter import read_outcome
+from nodes.agent.scratch import Scratch
 from nodes.protocol import HeartbeatReply
 
 
@@ -166,3 +168,23 @@ def test_progress_reads_as_a_line() -> None:
     assert "kept" not in str(Progress("torch", "kept", 0.0))
     assert "12.3 s" in str(Progress("model", "done", 12.34))
     assert "6/6" in str(Progress("model", "going", 20.0, "x"))
+
+
+@pytest.mark.parametrize("length", [1, 200])
+def test_an_engines_temporary_files_go_with_it_and_leave_room_for_socket_names(
+    tmp_path: Path, length: int
+) -> None:
+    killed = Scratch(tmp_path / ("x" * length))
+    killed.make()
+    (killed.path / "left").touch()
+    scratch = Scratch(tmp_path / ("x" * length))
+    scratch.make()
+    assert length == 1 or not killed.path.exists()
+    assert list(scratch.path.iterdir()) == []
+    with socket.socket(socket.AF_UNIX) as server:
+        if length > 1:  # pytest's own folders may be long
+            server.bind(str(scratch.path / str(uuid.uuid4())))
+    used = scratch.path
+    scratch.remove()
+    assert not used.exists()
+    assert list(tmp_path.iterdir()) == []
