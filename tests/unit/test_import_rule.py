@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 OURS = ("gateway", "nodes", "billing", "config", "tests", "bench")
 
-# Surfaces are thin: services and the lifecycle must not know them. These may.
-API_IMPORTERS = ("gateway.api", "gateway.app", "gateway.cli", "gateway.__main__")
+# Surfaces are thin: services and the lifecycle must not know them. These may: what puts them together, and the
+# edge, which stands around them and renders an error as the surface does that was asked.
+API_IMPORTERS = ("gateway.api", "gateway.app", "gateway.edge", "gateway.cli", "gateway.__main__")
 
 # Decisions without I/O: the clock is passed in, and nothing here awaits.
 PURE = ("billing.money", "billing.prices", "nodes.breaker", "nodes.routing")
