@@ -18,7 +18,9 @@ PRIVATE = ("DATABASE_URL", "REDIS_URL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV
 CPU_BLOCK_SIZE = 32  # vLLM's own 128 finds no shared prefix in a prompt of under 128 tokens; 16 is refused
 CPU_KV_GIB = 1
 GPU_MEMORY_SHARE = 0.9  # of a GPU; vLLM's default, divided when engines share one
-SHUTDOWN_TIMEOUT_S = 5  # a turn that slipped in between the drain and SIGTERM may still end
+SHUTDOWN_TIMEOUT_S = (
+    0  # the agent has drained it; vLLM waits out a longer time even when it is idle (measured)
+)
 
 
 class BadModel(ValueError):

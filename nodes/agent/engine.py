@@ -13,7 +13,7 @@ from typing import Any
 
 from config.defaults import Settings
 from nodes.agent.backoff import Backoff
-from nodes.agent.command import SHUTDOWN_TIMEOUT_S, Command
+from nodes.agent.command import Command
 from nodes.agent.engine_log import EngineLog
 from nodes.agent.probe import EngineProbe, ProbeFailed
 from nodes.agent.scratch import Scratch
@@ -30,9 +30,7 @@ STEADY_S = 60.0  # ready for this long: the next death starts the doubling of pa
 MODELS_POLL_S = 5.0  # LoRA adapters come and go at run time
 DRAIN_POLL_S = 0.5
 IDLE_POLLS = 3  # in a row: until every worker knows of the drain, within a second, turns may come
-END_GRACE_S = (
-    SHUTDOWN_TIMEOUT_S + 5.0
-)  # from SIGTERM to SIGKILL: a stopped vLLM can wait for its clients for ever
+END_GRACE_S = 8.0  # from SIGTERM to SIGKILL: a stopped vLLM can wait for its clients for ever
 
 
 class Engine:

@@ -18,7 +18,7 @@ PYTHON = Path("/engine/bin/python")
 MODEL = ModelSpec(Path("/models/toy"), "toy", 8192)
 ALWAYS = [
     "/engine/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "/models/toy", "--served-model-name", "toy",
-    "--host", "127.0.0.1", "--port", "4711", "--enable-prompt-tokens-details", "--shutdown-timeout", "5",
+    "--host", "127.0.0.1", "--port", "4711", "--enable-prompt-tokens-details", "--shutdown-timeout", "0",
     "--disable-uvicorn-access-log", "--disable-fastapi-docs", "--max-model-len", "8192",
 ]  # fmt: skip
 CPU = ["--enforce-eager", "--block-size", "32"]
