@@ -34,6 +34,9 @@ OF_STATUS: dict[int, type[ApiError]] = {
     431: HeadersTooLarge,
 }
 
+SERVER = "poolgate"
+"""Instead of aiohttp's, which tells its version and Python's."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -63,6 +66,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         return refuse(ApiError(), surface_of(request.path), request_id, request.app[METRICS])
     if not isinstance(response, Relayed) and not response.prepared:
         response.headers["x-request-id"] = request_id
+        response.headers["server"] = SERVER
     return response
 
 
@@ -70,7 +74,7 @@ def refuse(error: ApiError, surface: Surface, request_id: str, metrics: Metrics)
     """The answer that says `error`."""
     metrics.refusals.labels(error.wire_code or error.type).inc()
     status, headers, body = render(error, surface, request_id)
-    return web.Response(body=body, status=status, headers={**headers, "content-type": "application/json"})
+    return web.Response(body=body, status=status, headers={**headers, "content-type": "application/json", "server": SERVER})
 
 
 def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None, str | None], web.Response]:

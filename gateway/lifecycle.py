@@ -32,7 +32,8 @@ from gateway.identity.keyring import Principal
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.exchange import Delivery, stream, whole
 from gateway.relay.faults import EngineFault, unreachable
-from gateway.relay.taps import Tap, Tokens, add_cost, answer_tokens
+from gateway.relay.events import Tokens, add_cost, answer_tokens
+from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes
 from gateway.relay.upstreams import Upstreams

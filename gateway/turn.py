@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from billing.prices import Price
 from gateway.identity.keyring import Principal
-from gateway.relay.taps import Tap, Tokens
+from gateway.relay.events import Tokens
+from gateway.relay.taps import Tap
 from nodes.routing.snapshot import Engine
 
 Outcome = Literal["finished", "refused", "client_gone", "engine_failed", "timeout"]

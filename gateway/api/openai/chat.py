@@ -9,7 +9,7 @@ from gateway.api.openai.decode import Body, decode_chat, decode_completion, prom
 from gateway.api.openai.schemas_answers import CHAT_ANSWERS, COMPLETION_ANSWERS
 from gateway.api.openai.schemas_requests import ChatRequest, CompletionRequest
 from gateway.api.routes import Routes
-from gateway.relay.taps import OpenAITap
+from gateway.relay.tap_openai import OpenAITap
 from gateway.turn import Ask
 
 routes = Routes(surface="openai", tag="Inference")
@@ -66,8 +66,9 @@ def openai_ask(route: str, body: Body, *, choices: int, prompts: int, output_tok
     if is_stream:
         wants_usage, wants_every = stream_options(body)
         tap = partial(
-            OpenAITap, wants_usage=wants_usage, wants_every=wants_every, choices=choices, prompts=prompts
-        )
+            OpenAITap, wants_usage=wants_usage, wants_every=wants_every, choices=choices, prompts=prompts,
+            asked=body.get("messages") or body.get("prompt"),
+        )  # fmt: skip
     return Ask(
         route=route,
         engine_path=route,

@@ -3,6 +3,7 @@
 The engine always streams, so that a turn which runs into its time limit still answers with the text it has.
 """
 
+from functools import partial
 from typing import Any
 
 import orjson
@@ -15,7 +16,9 @@ from gateway.api.openai.schemas_answers import COMPLETE_STREAM, CompleteAnswer
 from gateway.api.openai.schemas_requests import CompleteRequest
 from gateway.api.routes import Routes
 from gateway.api.services import SETTINGS
-from gateway.relay.taps import CompleteTap, Tap, usage_dict
+from gateway.relay.events import usage_dict
+from gateway.relay.tap_complete import CompleteTap
+from gateway.relay.taps import Tap
 from gateway.turn import Ask, Turn
 
 routes = Routes(surface="openai", tag="Inference")
@@ -64,7 +67,7 @@ def _ask(raw: bytes, request: web.Request, *, gathers: bool) -> Ask:
         body=body,
         is_stream=not gathers,
         output_tokens=body["max_tokens"],
-        tap=CompleteTap,
+        tap=partial(CompleteTap, body["messages"]),
         gathers=gathers,
         render=_answer if gathers else None,
         time_limit_s=settings.complete_timeout_s,

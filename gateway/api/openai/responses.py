@@ -10,8 +10,7 @@ from gateway.api.openai.decode import decode_responses
 from gateway.api.openai.schemas_answers import RESPONSES_ANSWERS
 from gateway.api.openai.schemas_responses import ResponsesRequest
 from gateway.api.routes import Routes
-from gateway.relay.taps import ResponsesTap
-from gateway.relay.tokens import count_prompt
+from gateway.relay.tap_responses import ResponsesTap
 from gateway.turn import Ask
 
 routes = Routes(surface="openai", tag="Inference")
@@ -37,5 +36,5 @@ def _ask(raw: bytes, request: web.Request) -> Ask:
         body=body,
         is_stream=is_stream,
         output_tokens=body.get("max_output_tokens", OUTPUT_TOKENS_GUESS),
-        tap=partial(ResponsesTap, partial(count_prompt, body["input"])) if is_stream else None,
+        tap=partial(ResponsesTap, body["input"]) if is_stream else None,
     )

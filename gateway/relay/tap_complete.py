@@ -1,0 +1,78 @@
+"""/v1/complete: a chat stream in, `{"text", "index"}` events out, and a last event with usage and cost."""
+
+from typing import Any
+
+import orjson
+
+from gateway.relay.events import Tokens, usage_dict
+from gateway.relay.tap_openai import OpenAITap
+
+
+class CompleteTap:
+    """Filter of one chat stream; see `gateway.relay.taps.Tap`."""
+
+    __slots__ = ("_chat", "_finish", "_text", "error", "is_done")
+
+    def __init__(self, asked: Any) -> None:
+        """`asked`: the messages, whose tokens are estimated if the engine reports none."""
+        self._chat = OpenAITap(wants_usage=False, wants_every=True, asked=asked)
+        self._finish: str | None = None
+        self._text: list[str] = []
+        self.error: dict[str, Any] | None = None
+        self.is_done = False
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._chat.tokens
+
+    @tokens.setter
+    def tokens(self, tokens: Tokens) -> None:
+        self._chat.tokens = tokens
+
+    @property
+    def is_whole(self) -> bool:
+        return self._chat.is_whole or self._finish == "timeout"
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._chat.pending_bytes
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def finish_reason(self) -> str:
+        return self._finish or "stop"
+
+    def time_out(self) -> None:
+        """End here: the answer so far is the answer (contract: finish_reason `timeout`)."""
+        self._finish = "timeout"
+        self.is_done = True
+
+    def feed(self, data: bytes) -> bytes:
+        if self._finish == "timeout":
+            return b""
+        events = self._chat.feed(data).split(b"\n\n")
+        out = [self._delta(orjson.loads(event[6:])) for event in events if event.startswith(b"data: {")]
+        self.error = self._chat.error
+        self.is_done = self._chat.is_done
+        return b"".join(out)
+
+    def _delta(self, event: dict[str, Any]) -> bytes:
+        choice = event["choices"][0] if event.get("choices") else {}
+        if choice.get("finish_reason"):
+            self._finish = "length" if choice["finish_reason"] == "length" else "stop"
+        text = (choice.get("delta") or {}).get("content")
+        if not text:
+            return b""
+        self._text.append(text)
+        return b"data: " + orjson.dumps({"text": text, "index": choice.get("index", 0)}) + b"\n\n"
+
+    def ending(self, cost_minor: int) -> bytes:
+        final = {
+            "finish_reason": self.finish_reason,
+            "usage": usage_dict(self.tokens),
+            "cost_halala": cost_minor,
+        }
+        return b"data: " + orjson.dumps(final) + b"\n\ndata: [DONE]\n\n"

@@ -1,0 +1,146 @@
+"""Chat and completion streams: events go on as the engine framed them, less the usage that was not asked for.
+
+Counts are kept as they come by, so what was delivered is known at every instant.
+"""
+
+import re
+from typing import Any
+
+import orjson
+
+from gateway.relay.events import ERROR, USAGE, Tokens, error_body, usage_tokens
+from gateway.relay.tokens import count_prompt, count_tokens
+
+_INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
+_FINISH = b'"finish_reason":"'
+_NO_CHOICES = b'"choices":[]'
+_DONE = b"data: [DONE]"
+
+
+class OpenAITap:
+    """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
+
+    __slots__ = (
+        "_asked", "_choices", "_has_last_word", "_per_choice", "_prompts", "_tail", "_terminal", "_wants_every",
+        "_wants_usage", "error", "finishes", "is_done", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        wants_usage: bool,
+        wants_every: bool = False,
+        choices: int = 1,
+        prompts: int = 1,
+        asked: Any = None,
+    ) -> None:
+        """`choices`: answers to expect, n times prompts. `wants_every`: the client asked for continuous usage itself.
+        `asked`: messages or prompt, whose tokens are estimated if the engine reports none."""
+        self.tokens = Tokens()
+        self.error: dict[str, Any] | None = None
+        self.is_done = False
+        self.finishes = 0
+        self._asked = asked
+        self._wants_usage = wants_usage
+        self._wants_every = wants_every
+        self._choices = choices
+        self._prompts = prompts
+        self._per_choice: dict[int, tuple[int, int]] = {}
+        self._has_last_word = False
+        self._tail = b""
+        self._terminal = b""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.error is None and self.finishes >= self._choices
+
+    @property
+    def pending_bytes(self) -> int:
+        return len(self._tail)
+
+    def feed(self, data: bytes) -> bytes:
+        if self.error is not None or self.is_done:
+            return b""
+        data = self._tail + data if self._tail else data
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._tail = data
+            return b""
+        self._tail = data[end:]
+        whole = data[:end] if self._tail else data
+        if ERROR in whole or _NO_CHOICES in whole or _DONE in whole:
+            whole = self._ends(whole)
+        self.finishes += whole.count(_FINISH)
+        return self._count(whole)
+
+    def _ends(self, whole: bytes) -> bytes:
+        """The rare batch with an end in it, event by event: returns the ordinary events, which go out now."""
+        ordinary = []
+        for event in whole.split(b"\n\n"):
+            if event.startswith(ERROR):
+                self.error = error_body(event[6:])
+                break
+            if event.startswith(_DONE):
+                self._terminal += event + b"\n\n"
+                self.is_done = True
+                break
+            if _NO_CHOICES in event and (match := USAGE.search(event)) is not None:
+                self.tokens = usage_tokens(match)
+                self._has_last_word = True
+                if self._wants_usage:
+                    self._terminal += event + b"\n\n"
+            elif event:
+                ordinary.append(event + b"\n\n")
+        return b"".join(ordinary)
+
+    def _count(self, whole: bytes) -> bytes:
+        """Keep the counts that these events carry, and take them out unless the client wants them."""
+        at = whole.rfind(b',"usage":{')
+        if not self._has_last_word:
+            if at < 0:
+                self._estimate(whole)
+            elif self._choices > 1:
+                self._count_each(whole)
+            elif (match := USAGE.match(whole, at)) is not None:
+                self.tokens.prompt = int(match[1])
+                self.tokens.completion = int(match[2] or 0)
+        return whole if at < 0 or self._wants_every else USAGE.sub(b"", whole)
+
+    def _count_each(self, whole: bytes) -> None:
+        """With several answers in one stream each event counts its own choice only (vLLM); a prompt counts once."""
+        for event in whole.split(b"\n\n"):
+            usage, index = USAGE.search(event), _INDEX.search(event)
+            if usage is not None and index is not None:
+                self._per_choice[int(index[1])] = (int(usage[1]), int(usage[2] or 0))
+        per_prompt = self._choices // self._prompts
+        prompts = {choice // per_prompt: counts[0] for choice, counts in self._per_choice.items()}
+        self.tokens.prompt = sum(prompts.values())
+        self.tokens.completion = sum(counts[1] for counts in self._per_choice.values())
+
+    def _estimate(self, whole: bytes) -> None:
+        """An engine that reports nothing as it goes: count its text, until it has the last word itself."""
+        for event in whole.split(b"\n\n"):
+            if not event.startswith(b"data: {"):
+                continue
+            if not self.tokens.estimated:
+                self.tokens = Tokens(prompt=count_prompt(self._asked), estimated=True)
+            self.tokens.completion += sum(map(count_tokens, _texts(event[6:])))
+
+    def ending(self, cost_minor: int) -> bytes:
+        terminal = self._terminal if self.is_done else self._terminal + _DONE + b"\n\n"
+        if self._wants_usage and self._has_last_word:
+            return terminal.replace(b"}\n\n", b',"cost_halala":%d}\n\n' % cost_minor, 1)
+        return terminal
+
+
+def _texts(body: bytes) -> list[str]:
+    """The generated text in one event: a delta's content, reasoning or arguments, or a completion's text."""
+    try:
+        choices = orjson.loads(body)["choices"]
+        deltas = [choice.get("delta") or {"content": choice.get("text")} for choice in choices]
+        calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or ()]
+        texts = [delta.get(name) for delta in deltas for name in ("content", "reasoning")]
+        texts += [call.get(name) for call in calls for name in ("name", "arguments")]
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return []
+    return [text for text in texts if isinstance(text, str)]

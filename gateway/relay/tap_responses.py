@@ -1,0 +1,72 @@
+"""The stream of /v1/responses: named events, usage only in the last one, no `[DONE]`."""
+
+import re
+from typing import Any
+
+import orjson
+
+from gateway.relay.events import ERROR, Tokens, error_body, responses_tokens
+from gateway.relay.tokens import count_prompt, count_tokens
+
+_DELTA = re.compile(rb'"delta":("(?:[^"\\]|\\.)*")')
+_ENDS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+
+
+class ResponsesTap:
+    """Filter of one stream; see `gateway.relay.taps.Tap`.
+
+    No event before the last says how many tokens there were, so a stream that is cut is counted by tokenizer, delta by
+    delta, and marked `estimated`.
+    """
+
+    __slots__ = ("_asked", "_tail", "_terminal", "error", "is_done", "tokens")
+
+    def __init__(self, asked: Any) -> None:
+        """`asked`: the request's `input`, whose tokens are estimated until the engine has the last word."""
+        self.tokens = Tokens()
+        self.error: dict[str, Any] | None = None
+        self.is_done = False
+        self._asked = asked
+        self._tail = b""
+        self._terminal = b""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.error is None and self.is_done
+
+    @property
+    def pending_bytes(self) -> int:
+        return len(self._tail)
+
+    def feed(self, data: bytes) -> bytes:
+        if self.error is not None or self.is_done:
+            return b""
+        *events, self._tail = (self._tail + data).split(b"\n\n")
+        out = []
+        for event in events:
+            if event.startswith((ERROR, b"event: error")):
+                self.error = error_body(event[event.find(b"{") :])
+                break
+            if event.startswith(_ENDS):
+                self._end(event)
+                break
+            self._estimate(event)
+            out.append(event + b"\n\n")
+        return b"".join(out)
+
+    def _end(self, event: bytes) -> None:
+        self.tokens = responses_tokens(event) or self.tokens
+        self._terminal = event + b"\n\n"
+        self.is_done = True
+
+    def _estimate(self, event: bytes) -> None:
+        if event.startswith(b":"):
+            return
+        if not self.tokens.estimated:
+            self.tokens = Tokens(prompt=count_prompt(self._asked), estimated=True)
+        delta = _DELTA.search(event)
+        if delta is not None:
+            self.tokens.completion += count_tokens(orjson.loads(delta[1]))
+
+    def ending(self, cost_minor: int) -> bytes:
+        return self._terminal
