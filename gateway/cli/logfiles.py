@@ -24,8 +24,6 @@ class LogFile:
     """The log of one child. It writes by itself, so a slow terminal never holds it up."""
 
     path: Path
-    last: str = field(default="", init=False)
-    """What was said last, for people."""
     _offset: int = field(default=0, init=False)
 
     def open(self) -> BinaryIO:
@@ -47,8 +45,6 @@ class LogFile:
         loud = []
         for line in self._new_lines():
             level, words = read_line(line)
-            if words:
-                self.last = words
             if level in LOUD:
                 loud.append(words)
         if len(loud) > SHOWN_AT_ONCE_MAX:

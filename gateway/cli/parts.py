@@ -3,6 +3,8 @@
 When a death is too much is restarts.py's; what the parts are for is up.py's.
 """
 
+import os
+import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -15,6 +17,7 @@ from gateway.cli.logfiles import LogFile
 from gateway.cli.restarts import Restarts, how_it_ended
 
 KILL_BOUND_S = 5.0
+HURRY_BOUND_S = 3.0
 
 
 class GaveUp(Exception):
@@ -49,12 +52,12 @@ class ChildPart:
         if process is None or process.poll() is not None:
             return
         process.terminate()
-        deadline = time.monotonic() + self.stop_bound_s
-        while process.poll() is None and time.monotonic() < deadline and not is_hurried():
-            time.sleep(0.05)
-        if process.poll() is None:
-            process.kill()
-            process.wait(KILL_BOUND_S)
+        if not _ends(process, self.stop_bound_s, is_hurried):
+            process.terminate()  # the second one hurries the agent: its engines end at once, but by its own hand
+            if not _ends(process, HURRY_BOUND_S, _never):
+                # The whole session that `start` made: a supervisor's workers would else go on draining.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(KILL_BOUND_S)
 
 
 @dataclass(slots=True)
@@ -126,3 +129,17 @@ class Parts:
 
     def _child(self, name: str) -> ChildPart | None:
         return next((child for child in self.children if child.name == name), None)
+
+
+def _ends(process: Child, bound_s: float, is_hurried: Callable[[], bool]) -> bool:
+    """Wait for the end of a process, but not past the bound, and not when nobody wants to wait any longer."""
+    deadline = time.monotonic() + bound_s
+    while process.poll() is None:
+        if time.monotonic() >= deadline or is_hurried():
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _never() -> bool:
+    return False

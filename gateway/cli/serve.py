@@ -4,6 +4,9 @@ The supervisor and its workers are gateway/supervisor.py's.
 """
 
 import argparse
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,10 +61,18 @@ def run(args: argparse.Namespace) -> int:
             redis_url=settings.redis_url or redis_url,
         )
     check_price_book(settings)
-    die_with_parent(bound_s=PARENT_GONE_S)
+    die_with_parent(end_all)
     from gateway.supervisor import serve  # here: the other commands start without loading a web server
 
     return serve(settings)
+
+
+def end_all() -> None:
+    """Stop as if asked to, but not for long, and the workers with us where the group is ours."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PARENT_GONE_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def check_price_book(settings: Settings) -> None:

@@ -39,6 +39,8 @@ GIVEN_ENGINE_PATIENCE_S = 5.0
 # Beyond the grace that parts give begun turns: closing connections and writing what is left.
 STOP_MARGIN_S = 10.0
 
+ONE_REQUEST_S = 0.5
+
 DETAILS = """\
 Starts PostgreSQL and Valkey in the data folder (unless DATABASE_URL and REDIS_URL name real ones), the
 gateway, and a node agent with a vLLM engine; then prints the base URL, an API key with a starting
@@ -105,18 +107,21 @@ class StopRequest:
     def __init__(self) -> None:
         self.because = ""
         self._count = 0
+        self._last_s = 0.0
         self._interrupts = False
         # `make up` wants its child to end with it, even if it is killed.
         self._parent = os.getppid() if os.environ.get("POOLGATE_STOP_WITH_PARENT") else None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            # One that comes after the end must not make an orderly stop look like a death.
+            for number in self.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -141,7 +146,11 @@ class StopRequest:
         return self._count > 1
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._count += 1
+        # A signal to a whole process group comes twice, the second time from `make`: that is no hurry.
+        now_s = time.monotonic()
+        if self._count and now_s - self._last_s < ONE_REQUEST_S:
+            return
+        self._count, self._last_s = self._count + 1, now_s
         self.because = self.because or f" ({signal.Signals(number).name})"
         if self._interrupts:
             self._interrupts = False
@@ -225,13 +234,14 @@ class System:
         if not plan.has_node:
             return ""
         patience_s = GIVEN_ENGINE_PATIENCE_S if plan.engine_urls else float("inf")
+        waiting_for = "for an answer" if plan.engine_urls else "vLLM loads the model (25 s on a small CPU)"
         began = time.monotonic()
         with self._steps.step("engine") as say:
             while not (models := available_models(plan.base_url)):
                 if time.monotonic() - began > patience_s:
                     say("=not reachable yet")
                     return ""
-                self._tick(say, self._agent_words() or "the agent reports its engine")
+                self._tick(say, waiting_for)
             say(f"=serves {', '.join(models)}")
         return models[0]
 
@@ -266,9 +276,6 @@ class System:
         self._parts.tick(time.monotonic())
         say(waiting_for)
         time.sleep(TICK_S)
-
-    def _agent_words(self) -> str:
-        return next((child.log.last for child in self._parts.children if child.name == "agent"), "")
 
     def _log(self, name: str) -> LogFile:
         return LogFile(self._plan.data_dir / "logs" / f"{name}.log")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,26 @@ def test_a_signal_stops_everything_in_order(up: Up, number: signal.Signals) -> N
     assert "Traceback" not in up.told
 
 
+def test_a_second_signal_hurries_a_stop_that_waits_for_a_turn(tmp_path: Path) -> None:
+    slow = FakeEngine("--model", "fake-model", ttft_ms=60_000)
+    asyncio.run(slow.start())
+    try:
+        with Up(tmp_path / "data", "--engine-url", slow.url) as up:
+            up.await_ready()
+            up.tree()
+            with ThreadPoolExecutor(1) as pool:
+                turn = pool.submit(up.chat)
+                eventually(lambda: asyncio.run(slow.record())["running"] == 1)
+                up.process.send_signal(signal.SIGINT)
+                up.await_words("stopping everything (SIGINT)")
+                eventually(lambda: up.process.send_signal(signal.SIGINT) or up.process.poll() is not None)
+                assert turn.result()[0] != 200
+            assert up.process.returncode == 0
+            assert eventually(up.leaves_nothing, within_s=5)
+    finally:
+        asyncio.run(slow.kill())
+
+
 def test_the_key_of_the_first_start_is_shown_again_and_works(up: Up, engine: FakeEngine) -> None:
     key = up.key
     assert (up.folder / "dev-key").stat().st_mode & 0o777 == 0o600
@@ -121,6 +142,26 @@ def test_each_part_that_is_killed_comes_back_and_nothing_is_left_at_the_end(up: 
     assert eventually(up.leaves_nothing)
 
 
+def test_a_gateway_that_is_killed_amid_turns_comes_back_on_its_port(tmp_path: Path) -> None:
+    slow = FakeEngine("--model", "fake-model", pace_ms=200, tokens=100)
+    asyncio.run(slow.start())
+    try:
+        with Up(tmp_path / "data", "--engine-url", slow.url) as up, ThreadPoolExecutor(1) as pool:
+            up.await_ready()
+            turn = pool.submit(up.chat, max_tokens=100)  # 20 s, if it is let
+            eventually(lambda: asyncio.run(slow.record())["running"] == 1)
+            supervisor = up.part("supervisor")
+            assert supervisor is not None
+            supervisor.kill()
+            eventually(lambda: (up.part("supervisor") or supervisor) != supervisor)
+            assert eventually(lambda: up.chat(max_tokens=1)[0] == 200, within_s=60)
+            turn.result()
+            assert up.stop() == 0
+            assert eventually(up.leaves_nothing)
+    finally:
+        asyncio.run(slow.kill())
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_killed_just_before_the_end_leaves_nothing(up: Up, name: str) -> None:
     part = up.part(name)
@@ -137,6 +178,23 @@ def test_killing_it_leaves_nothing_and_the_next_start_works(up: Up, engine: Fake
     with Up(up.folder, "--engine-url", engine.url) as again:
         again.await_ready()
         assert again.chat()[0] == 200
+
+
+def test_killing_it_amid_a_turn_leaves_nothing_either(tmp_path: Path) -> None:
+    slow = FakeEngine("--model", "fake-model", ttft_ms=60_000)
+    asyncio.run(slow.start())
+    try:
+        with Up(tmp_path / "data", "--engine-url", slow.url) as up, ThreadPoolExecutor(1) as pool:
+            up.await_ready()
+            up.tree()
+            turn = pool.submit(up.chat)
+            eventually(lambda: asyncio.run(slow.record())["running"] == 1)
+            up.process.kill()
+            assert eventually(up.leaves_nothing, within_s=20)
+            assert turn.result()[0] != 200
+            eventually(lambda: asyncio.run(slow.record())["running"] == 0)
+    finally:
+        asyncio.run(slow.kill())
 
 
 def test_it_ends_with_a_parent_that_asked_for_it(engine: FakeEngine, tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ class Up:
         self.process.send_signal(number)
         return self.process.wait(within_s)
 
-    def chat(self, model: str = "fake-model", key: str | None = None) -> tuple[int, Any]:
+    def chat(self, model: str = "fake-model", key: str | None = None, max_tokens: int = 8) -> tuple[int, Any]:
         """Status and body of a small chat; status 0 while nothing answers."""
-        body = {"model": model, "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
+        body = {"model": model, "max_tokens": max_tokens, "messages": [{"role": "user", "content": "hello"}]}
         request = urllib.request.Request(
             f"{self.base_url}/v1/chat/completions",
             data=json.dumps(body).encode(),
