@@ -74,7 +74,9 @@ def refuse(error: ApiError, surface: Surface, request_id: str, metrics: Metrics)
     """The answer that says `error`."""
     metrics.refusals.labels(error.wire_code or error.type).inc()
     status, headers, body = render(error, surface, request_id)
-    return web.Response(body=body, status=status, headers={**headers, "content-type": "application/json", "server": SERVER})
+    return web.Response(
+        body=body, status=status, headers={**headers, "content-type": "application/json", "server": SERVER}
+    )
 
 
 def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None, str | None], web.Response]:

@@ -44,7 +44,12 @@ class TestGateway:
         return {"authorization": f"Bearer {self.key}"}
 
     async def register(
-        self, *urls: str, model: str = MODEL, kind: str = "generate", context_length: int = 2048, account_id: int | None = None
+        self,
+        *urls: str,
+        model: str = MODEL,
+        kind: str = "generate",
+        context_length: int = 2048,
+        account_id: int | None = None,
     ) -> list[str]:
         """Make each URL an engine on a node of its own; returns when turns can go there. The engines' keys."""
         store = NodeStore(self.pool)
@@ -79,7 +84,11 @@ def listening() -> socket.socket:
 
 @asynccontextmanager
 async def running_gateway(
-    settings: Settings, pool: asyncpg.Pool, *, scopes: Sequence[str] = ("inference",), models: Sequence[str] | None = None
+    settings: Settings,
+    pool: asyncpg.Pool,
+    *,
+    scopes: Sequence[str] = ("inference",),
+    models: Sequence[str] | None = None,
 ) -> AsyncIterator[TestGateway]:
     """A gateway on a free port, with an account of 100.00 and a key."""
     account = await AccountStore(pool).create("tester", balance_nano=100 * NANO, is_provider=True)

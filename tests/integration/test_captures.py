@@ -71,9 +71,7 @@ def is_inference(exchange: Exchange) -> bool:
 
 EXCHANGES = [captures_of.load(name) for name in captures_of.names()]
 INFERENCE = [exchange for exchange in EXCHANGES if is_inference(exchange)]
-PASSED = [
-    exchange for exchange in INFERENCE if exchange.name not in REFUSED.keys() | RENDERED.keys() | TAKEN
-]
+PASSED = [exchange for exchange in INFERENCE if exchange.name not in REFUSED.keys() | RENDERED.keys() | TAKEN]
 UNREACHABLE = [exchange for exchange in EXCHANGES if not is_inference(exchange) and exchange.path not in OURS]
 
 
@@ -102,7 +100,10 @@ async def asked(gw: TestGateway, engine: Any, exchange: Exchange) -> tuple[int, 
     headers = {name: value for name, value in exchange.request_headers.items() if name == "content-type"}
     skip = [] if headers else ["Content-Type"]
     async with gw.http.post(
-        gw.url + exchange.path, data=exchange.request_body, headers=headers | gw.headers, skip_auto_headers=skip
+        gw.url + exchange.path,
+        data=exchange.request_body,
+        headers=headers | gw.headers,
+        skip_auto_headers=skip,
     ) as reply:
         return reply.status, await reply.read(), reply.headers
 
@@ -123,7 +124,9 @@ def check_whole(exchange: Exchange, body: bytes) -> None:
     answer = json.loads(body)
     assert isinstance(answer.pop("cost_halala"), int)
     assert answer == json.loads(exchange.body)
-    assert body.startswith(exchange.body[:-1]), "everything before the added field is the engine's, byte for byte"
+    assert body.startswith(exchange.body[:-1]), (
+        "everything before the added field is the engine's, byte for byte"
+    )
 
 
 def check_stream(exchange: Exchange, body: bytes) -> None:
@@ -187,7 +190,10 @@ async def test_a_body_without_a_content_type_is_taken_as_json(gw, engine):
     await gw.register(engine.url)
     exchange = captures_of.load("err_no_content_type")
     async with gw.http.post(
-        gw.url + exchange.path, data=exchange.request_body, headers=gw.headers, skip_auto_headers=["Content-Type"]
+        gw.url + exchange.path,
+        data=exchange.request_body,
+        headers=gw.headers,
+        skip_auto_headers=["Content-Type"],
     ) as reply:
         assert reply.status == 200
 
