@@ -39,7 +39,9 @@ class Metrics:
         self.turns = Counter(
             "poolgate_turns", "Turns by how they ended", ["route", "model", "outcome"], registry=into
         )
-        self.tokens = Counter("poolgate_tokens", "Tokens delivered and charged", ["model", "kind"], registry=into)
+        self.tokens = Counter(
+            "poolgate_tokens", "Tokens delivered and charged", ["model", "kind"], registry=into
+        )
         self.charged = Counter(
             "poolgate_charged_nano", "Charged, 1e-9 of the currency's major unit", ["model"], registry=into
         )
@@ -53,7 +55,9 @@ class Metrics:
         self.duration = Histogram(
             "poolgate_turn_seconds", "From admission to settlement", ["model"], buckets=SECONDS, registry=into
         )
-        self.refusals = Counter("poolgate_refusals", "Requests refused, by error code", ["code"], registry=into)
+        self.refusals = Counter(
+            "poolgate_refusals", "Requests refused, by error code", ["code"], registry=into
+        )
         self.in_flight = Gauge(
             "poolgate_turns_in_flight", "Turns in flight", multiprocess_mode="livesum", registry=into
         )

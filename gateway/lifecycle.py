@@ -30,9 +30,9 @@ from gateway.errors import (
 )
 from gateway.identity.keyring import Principal
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
+from gateway.relay.events import Tokens, add_cost, answer_tokens
 from gateway.relay.exchange import Delivery, stream, whole
 from gateway.relay.faults import EngineFault, unreachable
-from gateway.relay.events import Tokens, add_cost, answer_tokens
 from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone, Downstream
-from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent
 from gateway.relay.events import error_of, first_event
+from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
 from gateway.relay.upstream import UpstreamConnection

@@ -491,10 +491,10 @@ async def test_an_empty_wallet_is_402_within_a_moment_and_a_topped_up_one_goes_o
         return (await stream(gw))[0]
 
     async with asyncio.timeout(5):
-        while await status() != 402:
+        while await status() != 402:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await pool.execute("update accounts set balance_nano = 1000000000 where id = $1", gw.account_id)
-        while await status() != 200:
+        while await status() != 200:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
