@@ -146,7 +146,7 @@ class Lifecycle:
 
     def _choose(self, turn: Turn, tokens: int, tried: list[Engine], fault: EngineFault | None) -> Engine:
         ask, settings = turn.ask, self._settings
-        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried)
+        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
         snapshot = self._registry.snapshot
         try:
             choice = choose(

@@ -73,7 +73,8 @@ class Registry:
             )
             breaker = Breaker(self._settings)
             return Engine(
-                row.key, row.node_id, row.engine_id, row.account_id, address.host, address.port, models, breaker, row.restarts
+                row.key, row.node_id, row.engine_id, row.account_id, address.host, address.port, models, breaker,
+                row.restarts,
             )  # fmt: skip
         if (engine.host, engine.port, engine.incarnation) != (address.host, address.port, row.restarts):
             engine.host, engine.port, engine.incarnation = address.host, address.port, row.restarts

@@ -22,13 +22,15 @@ class NoEngine(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a turn asks of an engine. `tokens` is its size as load; `tried` engines are not asked again."""
+    """What a turn asks of an engine. `tokens` is its size as load, `context` about how many it needs room for;
+    `tried` engines are not asked again."""
 
     model: str
     kind: str
     tokens: int
     account_id: int | None = None
     tried: Collection[Engine] = ()
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,26 @@ class Choice:
 
 
 def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: random.Random) -> Choice:
-    """The least loaded of `sample` fit engines. Raises NoEngine."""
+    """The least loaded of `sample` fit engines, those with enough context before others. Raises NoEngine."""
     candidates = snapshot.by_model.get(need.model, ())
     count = len(candidates)
-    if count <= sample:
+    sampled = candidates if count <= sample else rng.sample(candidates, sample)
+    fit = [engine for engine in sampled if is_fit(engine, need, turns_max)]
+    roomy = [engine for engine in fit if is_roomy(engine, need)]
+    if not roomy and count > sample:  # many are down, tried or small: look at all before giving up
         fit = [engine for engine in candidates if is_fit(engine, need, turns_max)]
-    else:
-        fit = [engine for engine in rng.sample(candidates, sample) if is_fit(engine, need, turns_max)]
-        if not fit:  # many are down or tried: look at all before giving up
-            fit = [engine for engine in candidates if is_fit(engine, need, turns_max)]
+        roomy = [engine for engine in fit if is_roomy(engine, need)]
     if not fit:
         raise NoEngine(need.model, is_known=count > 0)
-    return Choice(pick(fit, rng), count)
+    return Choice(pick(roomy or fit, rng), count)
+
+
+def is_roomy(engine: Engine, need: Need) -> bool:
+    """The estimate may be wrong, so it only orders: an engine that is too small says so itself, exactly."""
+    return (
+        engine.models[need.model].context_length == 0
+        or engine.models[need.model].context_length >= need.context
+    )
 
 
 def is_fit(engine: Engine, need: Need, turns_max: int) -> bool:

@@ -1,7 +1,7 @@
 """Every capture that a client can cause passes through the gateway with the listed edits and no others.
 
-The edits: `cost_halala` in a whole answer and in a requested usage event, usage that was not asked for removed, engine errors
-in OpenAI's types. What is expected is worked out here from parsed JSON, not by the gateway's code.
+The edits: `cost_halala` in a whole answer and in a requested usage event, usage that was not asked for removed,
+engine errors in OpenAI's types. What is expected is worked out here from parsed JSON, not by the gateway's code.
 """
 
 import json
