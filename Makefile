@@ -60,7 +60,7 @@ venv:
 	@if ! $(py) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			tried="$(or $(PYTHON),python3)"; \
-			echo "poolgate needs Python 3.11 or newer; $$tried is $$("$$tried" --version 2>&1 || echo 'none')." >&2; \
+			echo "poolgate needs Python 3.11 or newer; $$tried is $$("$$tried" --version 2>/dev/null | grep Python || echo "none")." >&2; \
 			echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; \
 		fi; \
 		echo "making the virtual environment $(VENV) with $$("$(PYTHON)" --version)"; \
