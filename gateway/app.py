@@ -170,7 +170,13 @@ class Gateway:
         on_bad_request = bad_request_handler(self.metrics)
 
         def connection() -> ClientProtocol:
-            return ClientProtocol(manager, loop=loop, on_bad_request=on_bad_request, **options)
+            return ClientProtocol(
+                manager,
+                loop=loop,
+                on_bad_request=on_bad_request,
+                buffer_bytes=settings.stream_buffer_bytes,
+                **options,
+            )
 
         self._servers.append(await loop.create_server(connection, sock=sock, backlog=4096))
 

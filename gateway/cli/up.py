@@ -5,13 +5,8 @@ What is checked before is plan.py's, how parts are restarted parts.py's, what is
 
 import argparse
 import asyncio
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from config.embedded import DataFolderInUse, EmbeddedStartFailed, EmbeddedStores
 from config.postgres import migrate
@@ -28,6 +23,7 @@ from gateway.cli.probes import answers, available_models
 from gateway.cli.serve import add_listening
 from gateway.cli.snippets import Greeting, greeting
 from gateway.cli.steps import Say, Steps
+from gateway.cli.stopping import Stopped, StopRequest
 from gateway.cli.stores import explained
 
 TICK_S = 0.2
@@ -38,8 +34,6 @@ GATEWAY_BOUND_S = 30.0
 GIVEN_ENGINE_PATIENCE_S = 5.0
 # Beyond the grace that parts give begun turns: closing connections and writing what is left.
 STOP_MARGIN_S = 10.0
-
-ONE_REQUEST_S = 0.5
 
 DETAILS = """\
 Starts PostgreSQL and Valkey in the data folder (unless DATABASE_URL and REDIS_URL name real ones), the
@@ -93,68 +87,6 @@ def run(args: argparse.Namespace) -> int:
             parts.stop(is_hurried=stop.is_hurried)
             steps.tell("stopped")
     return 0
-
-
-class Stopped(Exception):
-    """Somebody asked for an end while the system was starting."""
-
-
-class StopRequest:
-    """SIGINT, SIGTERM and SIGHUP as a request, and a second one as a hurry."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.because = ""
-        self._count = 0
-        self._last_s = 0.0
-        self._interrupts = False
-        # `make up` wants its child to end with it, even if it is killed.
-        self._parent = os.getppid() if os.environ.get("POOLGATE_STOP_WITH_PARENT") else None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            # One that comes after the end must not make an orderly stop look like a death.
-            for number in self.SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-
-    @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Inside, a request raises Stopped at once: for calls that block and clean up after themselves."""
-        self.check()
-        self._interrupts = True
-        try:
-            yield
-        finally:
-            self._interrupts = False
-
-    def check(self) -> None:
-        """Raises Stopped after a request."""
-        if self._parent is not None and os.getppid() != self._parent:
-            self._parent = None
-            self._count += 1
-            self.because = " (the parent process is gone)"
-        if self._count:
-            raise Stopped
-
-    def is_hurried(self) -> bool:
-        return self._count > 1
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        # A signal to a whole process group comes twice, the second time from `make`: that is no hurry.
-        now_s = time.monotonic()
-        if self._count and now_s - self._last_s < ONE_REQUEST_S:
-            return
-        self._count, self._last_s = self._count + 1, now_s
-        self.because = self.because or f" ({signal.Signals(number).name})"
-        if self._interrupts:
-            self._interrupts = False
-            raise Stopped
 
 
 class System:

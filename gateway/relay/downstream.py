@@ -8,7 +8,7 @@ transport's limit, because the lifecycle pauses the engine when `is_full`.
 import asyncio
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 
@@ -159,12 +159,21 @@ BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Respon
 class ClientProtocol(web.RequestHandler):
     """aiohttp's connection, which also tells when a slow client reads again and renders errors in our shapes."""
 
-    __slots__ = ("_on_bad_request", "_on_writable")
+    __slots__ = ("_buffer_bytes", "_on_bad_request", "_on_writable")
 
-    def __init__(self, manager: Any, *, on_bad_request: BadRequestHandler, **options: Any) -> None:
+    def __init__(
+        self, manager: Any, *, on_bad_request: BadRequestHandler, buffer_bytes: int, **options: Any
+    ) -> None:
+        """`buffer_bytes`: what may wait for a slow client before its engine is paused."""
         super().__init__(manager, **options)
+        self._buffer_bytes = buffer_bytes
         self._on_writable: Callable[[], None] | None = None
         self._on_bad_request = on_bad_request
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # uvloop's transports are no subclasses of asyncio's.
+        cast("asyncio.WriteTransport", transport).set_write_buffer_limits(high=self._buffer_bytes)
 
     def when_writable(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client has read enough, or is gone."""
