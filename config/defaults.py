@@ -187,13 +187,6 @@ class Settings:
         high=60,
         unit="seconds",
     )
-    change_overlap_s: float = knob(
-        8.0,
-        "how far back each poll looks: longer than database_timeout_s, so a change committed late is not missed",
-        low=1,
-        high=600,
-        unit="seconds",
-    )
 
     # --- identity ---------------------------------------------------------------------------------------------
     key_pepper: str = knob(

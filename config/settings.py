@@ -107,8 +107,6 @@ def _are_networks(text: str) -> bool:
 
 _RULES: tuple[_Rule, ...] = (
     _above("heartbeat_grace_s", "heartbeat_interval_s", "a node would leave between two heartbeats"),
-    _above("change_overlap_s", "database_timeout_s", "a change that is committed late would be missed"),
-    _above("change_overlap_s", "change_poll_s", "changes between two polls would be missed"),
     _above("breaker_open_max_s", "breaker_open_s", "the longest is no shorter than the first", or_equal=True),
     _above(
         "engine_restart_max_s", "engine_restart_s", "the longest is no shorter than the first", or_equal=True

@@ -143,8 +143,6 @@ def test_a_secret_value_is_never_shown(url: str):
     ("overrides", "words"),
     [
         ({"heartbeat_grace_s": 30}, "heartbeat_interval_s (30)"),
-        ({"change_overlap_s": 5}, "database_timeout_s (5)"),
-        ({"change_overlap_s": 7, "change_poll_s": 7}, "change_poll_s (7)"),
         ({"breaker_open_max_s": 0.5}, "breaker_open_s (1)"),
         ({"engine_restart_max_s": 0.5}, "engine_restart_s (1)"),
         ({"usage_pending_max": 100}, "usage_batch_max (5000)"),

@@ -17,7 +17,7 @@ from gateway.errors import ModelNotFound
 routes = Routes(surface="openai", tag="Models")
 
 
-@routes.get("/v1/models", summary="List models", answers={200: ModelList}, errors=(401,), auth="open")
+@routes.get("/v1/models", summary="List models", answers={200: ModelList}, errors=(401,), auth="optional")
 async def list_models(request: web.Request) -> web.StreamResponse:
     """Open without a key; with one, only the models that the key may use (contracts decision 3)."""
     entries = await _entries(request)
@@ -25,7 +25,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get(
-    "/v1/models/{model:.+}", summary="One model", answers={200: ModelEntry}, errors=(401, 404), auth="open"
+    "/v1/models/{model:.+}", summary="One model", answers={200: ModelEntry}, errors=(401, 404), auth="optional"
 )
 async def one_model(request: web.Request) -> web.StreamResponse:
     """One entry of the list; a model that the key may not use does not exist for it."""
