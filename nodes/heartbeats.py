@@ -47,12 +47,19 @@ class AllowedNetworks:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port or 80
-            ip = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+            ip = _ip_address("127.0.0.1" if host == "localhost" else host)
         except ValueError:
             raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT") from None
-        if parts.scheme != "http" or parts.path not in {"", "/"} or parts.query or parts.username:
+        if (
+            parts.scheme != "http"
+            or parts.path not in {"", "/"}
+            or parts.query
+            or parts.fragment
+            or parts.username
+        ):
             raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT")
-        if not any(ip in network for network in self._networks):
+        # 0.0.0.0 and :: would reach this very host, whatever networks are listed.
+        if ip.is_unspecified or not any(ip in network for network in self._networks):
             raise EngineUrlRefused("the engine's address is outside the gateway's node_networks")
         if ip.is_loopback and port in self._own_ports:
             raise EngineUrlRefused("the engine's address is the gateway's own")
@@ -160,6 +167,16 @@ where state in ('registered', 'connected', 'online', 'paused', 'draining')
   and last_heartbeat_at < clock_timestamp() - make_interval(secs => $1)
 returning id
 """
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IPv4 address in IPv6's clothes is judged as what it is. Raises ValueError."""
+    ip = ipaddress.ip_address(host)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.scope_id is not None:
+            raise ValueError(host)
+        return ip.ipv4_mapped or ip
+    return ip
 
 
 def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:

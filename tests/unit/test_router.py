@@ -1,0 +1,176 @@
+"""`choose` over tables of engines: who is fit, who is picked, and what it costs in a large pool."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from config.defaults import Settings
+from nodes.breaker import Breaker
+from nodes.routing.router import Need, NoEngine, choose, is_fit
+from nodes.routing.snapshot import Engine, Load, Model, Snapshot
+
+SETTINGS = Settings()
+M = "m"
+
+
+def engine(
+    name: str = "e",
+    *,
+    models: Iterable[str] = (M,),
+    kind: str = "generate",
+    context: int = 0,
+    account: int = 1,
+    is_open: bool = False,
+    **load: Any,
+) -> Engine:
+    return Engine(
+        key=name, node_id=name, engine_id="e0", account_id=account, host="127.0.0.1", port=1,
+        models={model: Model(model, context, kind) for model in models},
+        breaker=Breaker(SETTINGS, is_open=is_open), load=Load(**load),
+    )  # fmt: skip
+
+
+def need(**of: Any) -> Need:
+    return Need(**{"model": M, "kind": "generate", "tokens": 10} | of)
+
+
+def chosen(engines: Iterable[Engine], wanted: Need | None = None, **options: Any) -> Engine:
+    given = {"sample": 4, "turns_max": 100, "rng": random.Random(1)} | options
+    return choose(Snapshot.of(engines, 1), wanted or need(), **given).engine
+
+
+def test_the_least_loaded_gets_the_turn():
+    light = engine("light", tokens=10)
+    assert chosen([engine("heavy", tokens=500), light, engine("middle", tokens=200)]) is light
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({"tokens": 1000}, {"tokens": 999}),
+        ({"others_tokens": 1000}, {"tokens": 999}),
+        ({"running": 3}, {"running": 2}),
+        ({"waiting": 3}, {"running": 2}),
+        ({"tokens": 100, "kv_usage": 0.9}, {"tokens": 100, "kv_usage": 0.1}),
+        # Its report counts the turns that we sent it ourselves: they are not counted twice.
+        ({"tokens": 600}, {"tokens": 500, "turns": 4, "running": 4}),
+        ({"tokens": 600}, {"others_tokens": 500, "others_turns": 4, "running": 4}),
+        # Turns that a stranger put on it are worth a common answer each.
+        ({"tokens": 500, "turns": 1, "running": 5}, {"tokens": 1500, "turns": 1, "running": 1}),
+    ],
+)
+def test_load_is_ours_and_others_and_what_the_engine_says(more, less):
+    better = engine("less", **less)
+    assert chosen([engine("more", **more), better]) is better
+
+
+def test_a_stale_low_report_never_makes_load_negative():
+    assert Load(turns=5, tokens=100, running=0).in_tokens == 100
+
+
+def test_equal_engines_share_turns_evenly():
+    engines, rng = [engine(str(n)) for n in range(4)], random.Random(7)
+    counts = Counter(chosen(engines, rng=rng).key for _ in range(4000))
+    assert set(counts) == {"0", "1", "2", "3"}
+    assert max(counts.values()) < 1200
+
+
+def test_equal_engines_beyond_the_sample_share_turns_evenly_too():
+    engines, rng = [engine(str(n)) for n in range(20)], random.Random(7)
+    counts = Counter(chosen(engines, rng=rng).key for _ in range(10_000))
+    assert len(counts) == 20
+    assert max(counts.values()) < 700
+
+
+def test_engines_that_were_tried_are_not_asked_again():
+    first, second = engine("1"), engine("2", tokens=10**6)
+    assert chosen([first, second], need(tried=[first])) is second
+    with pytest.raises(NoEngine):
+        chosen([first, second], need(tried=[first, second]))
+
+
+def test_a_pinned_provider_gets_its_turns_however_loaded():
+    own = engine("own", account=2, tokens=10**6)
+    assert chosen([engine("other"), own], need(account_id=2)) is own
+    with pytest.raises(NoEngine) as missing:
+        chosen([engine("other"), own], need(account_id=3))
+    assert missing.value.is_known
+
+
+def test_a_model_that_is_in_no_engine_is_told_apart_from_one_that_none_can_take():
+    with pytest.raises(NoEngine) as unknown:
+        chosen([engine()], need(model="nope"))
+    assert not unknown.value.is_known
+    with pytest.raises(NoEngine) as busy:
+        chosen([engine(is_open=True)])
+    assert busy.value.is_known
+
+
+@pytest.mark.parametrize(
+    ("of", "wanted", "fits"),
+    [
+        ({}, {}, True),
+        ({"is_open": True}, {}, False),
+        ({"turns": 99}, {}, True),
+        ({"turns": 100}, {}, False),
+        ({"kind": "pooling"}, {}, False),
+        ({"kind": "pooling"}, {"kind": "pooling"}, True),
+        ({"account": 2}, {"account_id": 2}, True),
+        ({"account": 2}, {"account_id": 1}, False),
+    ],
+)
+def test_who_is_fit(of, wanted, fits):
+    assert is_fit(engine(**of), need(**wanted), 100) is fits
+
+
+def test_an_engine_with_room_for_the_context_comes_before_an_idle_small_one():
+    large = engine("large", context=8192, tokens=10**6)
+    assert chosen([engine("small", context=2048), large], need(context=4000)) is large
+
+
+def test_the_estimate_only_orders_so_a_small_engine_still_gets_what_no_other_can_take():
+    small = engine("small", context=2048)
+    assert chosen([small, engine("large", context=8192, is_open=True)], need(context=4000)) is small
+
+
+def test_an_engine_that_tells_no_context_length_counts_as_roomy():
+    unknown = engine("unknown", context=0)
+    assert chosen([unknown, engine("small", context=10)], need(context=4000)) is unknown
+
+
+def test_the_three_that_fit_are_found_among_ten_thousand():
+    pool = [engine(str(n), is_open=True) for n in range(9_997)]
+    fit = [engine(f"fit{n}", tokens=n) for n in range(3)]
+    everything = [*pool[:5000], *fit, *pool[5000:]]
+    snapshot, rng = Snapshot.of(everything, 1), random.Random(3)
+    found = {choose(snapshot, need(), sample=4, turns_max=100, rng=rng).engine.key for _ in range(10)}
+    assert found == {"fit0"}
+
+
+def test_a_sampled_choice_looks_at_no_more_engines_than_the_sample():
+    looked: list[str] = []
+
+    class Watched(Breaker):
+        @property
+        def is_open(self) -> bool:  # type: ignore[override]
+            looked.append("x")
+            return False
+
+        @is_open.setter
+        def is_open(self, _value: bool) -> None: ...
+
+    engines = [engine(str(n)) for n in range(10_000)]
+    for one in engines:
+        one.breaker = Watched(SETTINGS)
+    chosen(engines)
+    assert len(looked) == 4
+
+
+def test_it_changes_nothing():
+    engines = [engine("a", tokens=5), engine("b", tokens=5)]
+    before = [(one.load.turns, one.load.tokens, one.breaker.failures) for one in engines]
+    chosen(engines)
+    assert before == [(one.load.turns, one.load.tokens, one.breaker.failures) for one in engines]

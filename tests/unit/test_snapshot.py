@@ -1,0 +1,173 @@
+"""The snapshot's index, and the registry that makes one from rows: what lives on, what is left out, what is told."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from config.defaults import Settings
+from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused
+from nodes.registry import Registry
+from nodes.routing.snapshot import Snapshot
+
+SETTINGS = Settings(breaker_failures=2)
+
+
+def row(engine_id: str = "e0", node: str = "n1", port: int = 9001, **of: Any) -> EngineRow:
+    models = tuple(
+        {"id": name, "context_length": length, "kind": "generate", "parent": None}
+        for name, length in of.pop("models", {"m": 2048}).items()
+    )
+    given = {"account_id": 1, "url": f"http://127.0.0.1:{port}", "restarts": 0} | of
+    return EngineRow(node_id=node, engine_id=engine_id, models=models, **given)
+
+
+@pytest.fixture
+def registry(clock) -> Registry:
+    return Registry(SETTINGS, AllowedNetworks("127.0.0.0/8,10.0.0.0/8", own_ports=(8080,)), clock)
+
+
+def test_an_empty_snapshot_serves_nothing():
+    assert (Snapshot().by_model.get("m"), Snapshot().models(), Snapshot().nodes_online) == (None, {}, 0)
+
+
+def test_engines_are_found_by_each_model_that_they_serve(registry):
+    registry.apply([row("a", models={"m": 1, "lora": 1}), row("b", port=9002)], 1)
+    snapshot = registry.snapshot
+    assert [engine.engine_id for engine in snapshot.by_model["m"]] == ["a", "b"]
+    assert [engine.engine_id for engine in snapshot.by_model["lora"]] == ["a"]
+    assert len(snapshot.engines) == 2
+
+
+def test_a_model_has_the_largest_context_that_any_engine_gives_it(registry):
+    registry.apply([row("a", models={"m": 2048}), row("b", models={"m": 8192}), row("c", models={"m": 0})], 1)
+    assert registry.snapshot.models()["m"].context_length == 8192
+
+
+def test_the_index_can_not_be_written(registry):
+    registry.apply([row()], 1)
+    with pytest.raises(TypeError):
+        registry.snapshot.by_model["other"] = ()
+
+
+def test_an_engine_keeps_its_load_and_breaker_from_one_snapshot_to_the_next(registry):
+    registry.apply([row()], 1)
+    engine = registry.engine("n1/e0")
+    engine.load.turns = 7
+    registry.engine_answered(engine, True)
+    before = registry.snapshot
+    registry.apply([row(models={"m": 4096, "new": 1})], 1)
+    assert registry.engine("n1/e0") is engine
+    assert (engine.load.turns, engine.breaker.failures) == (7, 1)
+    assert set(engine.models) == {"m", "new"}
+    assert registry.snapshot is not before
+    assert set(before.by_model) == {"m"}, "a choice under way goes on with its own picture"
+
+
+@pytest.mark.parametrize("change", [{"port": 9009}, {"restarts": 1}])
+def test_an_engine_that_was_started_anew_has_a_closed_breaker(registry, change):
+    registry.apply([row()], 1)
+    engine = registry.engine("n1/e0")
+    for _ in range(2):
+        registry.engine_answered(engine, True)
+    assert engine.breaker.is_open
+    registry.apply([row()], 1)
+    assert engine.breaker.is_open, "nothing changed"
+    registry.apply([row(**change)], 1)
+    assert not engine.breaker.is_open
+    assert engine.port == change.get("port", 9001)
+
+
+def test_an_engine_that_returns_is_another_one(registry):
+    registry.apply([row()], 1)
+    first = registry.engine("n1/e0")
+    registry.apply([], 0)
+    assert registry.engine("n1/e0") is None
+    registry.apply([row()], 1)
+    assert registry.engine("n1/e0") is not first
+
+
+def test_slots_of_two_nodes_with_the_same_name_are_two_engines(registry):
+    registry.apply([row(node="n1"), row(node="n2", port=9002)], 2)
+    assert {engine.key for engine in registry.snapshot.engines} == {"n1/e0", "n2/e0"}
+
+
+def test_whoever_listens_is_told_of_each_snapshot(registry):
+    told: list[int] = []
+    registry.on_change.append(lambda snapshot: told.append(len(snapshot.engines)))
+    registry.apply([row()], 1)
+    registry.apply([], 0)
+    assert told == [1, 0]
+
+
+def test_an_engine_outside_of_the_networks_is_left_out_and_the_others_stay(registry, caplog):
+    with caplog.at_level(logging.WARNING):
+        registry.apply([row("good"), row("bad", url="http://192.0.2.1:9001")], 1)
+    assert [engine.engine_id for engine in registry.snapshot.engines] == ["good"]
+    assert [record.action for record in caplog.records] == ["engine_refused"]
+
+
+def test_a_4xx_or_a_503_does_not_move_a_breaker(registry):
+    registry.apply([row()], 1)
+    engine = registry.engine("n1/e0")
+    for _ in range(10):
+        registry.engine_answered(engine, False)
+    assert (engine.breaker.failures, engine.breaker.is_open) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://127.0.0.1:9001", ("127.0.0.1", 9001)),
+        ("http://localhost:9001/", ("127.0.0.1", 9001)),
+        ("http://10.1.2.3", ("10.1.2.3", 80)),
+        ("http://10.1.2.3:8080", ("10.1.2.3", 8080)),  # our port, but another machine's
+    ],
+)
+def test_addresses_that_may_be_called(url, address):
+    found = AllowedNetworks("127.0.0.0/8,10.0.0.0/8", own_ports=(8080,)).address(url)
+    assert (found.host, found.port) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://192.0.2.1:9001",
+        "http://169.254.169.254/",  # clouds' metadata service
+        "http://[::1]:9001",  # not listed here
+        "http://[::ffff:192.0.2.1]:9001",
+        "http://[::ffff:127.0.0.1]:8080",
+        "http://[::1%25lo]:9001",
+        "http://127.0.0.1:8080",  # the gateway itself
+        "http://localhost:8080",
+        "http://127.9.9.9:8080",
+        "https://127.0.0.1:9001",
+        "http://engine.example:9001",  # a name may point elsewhere tomorrow
+        "http://127.0.0.1:9001/v1",
+        "http://127.0.0.1:9001/?x=1",
+        "http://user@127.0.0.1:9001",
+        "http://user:pw@127.0.0.1:9001",
+        "http://127.0.0.1:99999",
+        "http://127.1:9001",
+        "http://2130706433:9001",
+        "http://0x7f000001:9001",
+        "http://127.0.0.1:9001#x",
+        "http://",
+        "127.0.0.1:9001",
+        "",
+    ],
+)
+def test_addresses_that_may_not(url):
+    with pytest.raises(EngineUrlRefused):
+        AllowedNetworks("127.0.0.0/8,10.0.0.0/8", own_ports=(8080,)).address(url)
+
+
+@pytest.mark.parametrize("url", ["http://0.0.0.0:8080", "http://[::]:8080", "http://[::1]:8080"])
+def test_every_name_of_this_host_with_the_gateways_port_is_the_gateway(url):
+    with pytest.raises(EngineUrlRefused):
+        AllowedNetworks("0.0.0.0/0,::/0", own_ports=(8080,)).address(url)
+
+
+def test_engines_on_ipv6_loopback_may_be_called_where_it_is_listed():
+    found = AllowedNetworks(Settings().node_networks).address("http://[::1]:9001")
+    assert (found.host, found.port) == ("::1", 9001)
