@@ -1,0 +1,430 @@
+"""Streams in any pieces: what goes out, what is counted and what is held back never depends on where a piece ends."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.relay.events import Tokens, add_cost, answer_tokens, first_event
+from gateway.relay.tap_complete import CompleteTap
+from gateway.relay.tap_openai import OpenAITap
+from gateway.relay.tap_responses import ResponsesTap
+from gateway.relay.taps import Tap
+from gateway.relay.tokens import count_prompt, count_tokens
+from tests import captures_of
+
+ASKED = [{"role": "user", "content": "What is the capital of France?"}]
+DONE = b"data: [DONE]\n\n"
+ERROR = (
+    b'data: {"error": {"message": "it broke", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
+)
+
+
+def event(
+    content: str | None = None,
+    *,
+    index: int = 0,
+    finish: str | None = None,
+    usage: tuple[int, int] | None = None,
+    cached: int | None = None,
+) -> bytes:
+    """A chat event as vLLM frames it, with continuous usage if asked for; no content and no finish: the last usage."""
+    delta = {"index": index, "delta": {"content": content}, "logprobs": None, "finish_reason": finish}
+    fields: dict[str, Any] = {"id": "c", "choices": [delta] if content is not None or finish else []}
+    if usage is not None:
+        prompt, completion = usage
+        fields["usage"] = {
+            "prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion,
+            "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+        }  # fmt: skip
+    return b"data: " + orjson.dumps(fields) + b"\n\n"
+
+
+def told(tap: Tap, pieces: Iterable[bytes]) -> tuple[Any, ...]:
+    """Everything that a tap says of a stream in these pieces."""
+    out = b"".join([tap.feed(piece) for piece in pieces])
+    finishes = getattr(tap, "finishes", None)
+    return out, tap.tokens, tap.error, tap.is_done, tap.is_whole, tap.ending(7), finishes
+
+
+def openai(**of: Any) -> OpenAITap:
+    return OpenAITap(**{"wants_usage": False, "asked": ASKED} | of)
+
+
+SHORT = event("") + b"".join(
+    (
+        b": keep-alive\n\n",
+        event("H\u00e9", usage=(9, 1)),
+        event('"usage":{', usage=(9, 2)),
+        event("x", finish="stop", usage=(9, 3)),
+        event(usage=(9, 3), cached=4),
+        DONE,
+    )
+)
+BROKEN = event("", usage=(9, 0)) + event("one", usage=(9, 1)) + ERROR + DONE
+
+TAPS: dict[str, Callable[[], Tap]] = {
+    "asked for": lambda: openai(wants_usage=True),
+    "stripped": openai,
+    "continuous": lambda: openai(wants_usage=True, wants_every=True),
+    "complete": lambda: CompleteTap(ASKED),
+}
+
+
+def stream_of(name: str) -> bytes:
+    return captures_of.load(name).body
+
+
+def tap_of(name: str) -> Tap:
+    exchange = captures_of.load(name)
+    asked = orjson.loads(exchange.request_body)
+    if exchange.path == "/v1/responses":
+        return ResponsesTap(asked["input"])
+    prompts = 1
+    if isinstance(asked.get("prompt"), list):
+        prompts = len(asked["prompt"])
+    choices = prompts * asked.get("n", 1)
+    usage = asked.get("stream_options") or {}
+    return OpenAITap(
+        wants_usage=usage.get("include_usage", False), wants_every=usage.get("continuous_usage_stats", False),
+        choices=choices, prompts=prompts, asked=asked.get("messages") or asked.get("prompt"),
+    )  # fmt: skip
+
+
+INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+STREAMS = [
+    name
+    for name in captures_of.names()
+    if (found := captures_of.load(name)).is_stream and found.path in INFERENCE
+]
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TAPS)
+@pytest.mark.parametrize("body", [SHORT, BROKEN], ids=["good", "broken"])
+def test_a_cut_at_any_byte_changes_nothing(name, body):
+    expected = told(TAPS[name](), [body])
+    for at in range(len(body) + 1):
+        assert told(TAPS[name](), [body[:at], body[at:]]) == expected, at
+
+
+@pytest.mark.parametrize("name", TAPS)
+def test_single_bytes_change_nothing(name):
+    assert told(TAPS[name](), [bytes([byte]) for byte in SHORT]) == told(TAPS[name](), [SHORT])
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_stream_usage_continuous", "completion_stream_usage", "responses_stream"]
+)
+def test_a_captured_stream_cut_at_any_byte_is_the_same(name):
+    body = stream_of(name)
+    expected = told(tap_of(name), [body])
+    for at in range(len(body) + 1):
+        assert told(tap_of(name), [body[:at], body[at:]]) == expected, at
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(STREAMS), data=st.data())
+def test_a_captured_stream_in_any_pieces_is_the_same(name, data):
+    body = stream_of(name)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=40)))
+    pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    assert told(tap_of(name), pieces) == told(tap_of(name), [body])
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_goes_out_is_what_came_in_less_usage_and_plus_cost(name):
+    exchange, tap = captures_of.load(name), tap_of(name)
+    out = tap.feed(exchange.body) + tap.ending(7)
+    came = exchange.body
+    if tap.error is not None:
+        came = came[: came.index(b'data: {"error"')]
+        out = out.removesuffix(DONE)
+    assert out.replace(b',"cost_halala":7}', b"}") == came
+
+
+# --- usage ---------------------------------------------------------------------------------------------------------
+
+
+def test_usage_that_was_not_asked_for_is_taken_out_and_counted():
+    tap = openai()
+    out = tap.feed(
+        event("a", usage=(9, 1)) + event(finish="stop", usage=(9, 2)) + event(usage=(9, 2), cached=4)
+    )
+    assert out == event("a") + event(finish="stop")
+    assert tap.tokens == Tokens(prompt=9, cached=4, completion=2)
+    assert tap.ending(7) == DONE
+
+
+def test_usage_that_was_asked_for_comes_once_at_the_end_with_its_cost():
+    tap = openai(wants_usage=True)
+    out = tap.feed(event("a", usage=(9, 1)) + event(finish="stop", usage=(9, 1)) + event(usage=(9, 1)) + DONE)
+    assert b"usage" not in out
+    assert b'"completion_tokens":1' in tap.ending(7)
+    assert tap.ending(7).endswith(b',"cost_halala":7}\n\n' + DONE)
+
+
+def test_nothing_terminal_goes_out_before_it_is_settled():
+    out = openai(wants_usage=True).feed(SHORT)
+    assert b"[DONE]" not in out
+    assert b'"choices":[]' not in out
+
+
+def test_what_was_delivered_is_known_after_each_event():
+    tap = openai()
+    for number in range(1, 20):
+        tap.feed(event("x", usage=(9, number)))
+        assert (tap.tokens.prompt, tap.tokens.completion) == (9, number)
+
+
+@given(st.text())
+def test_text_that_looks_like_the_wire_is_only_text(text):
+    nasty = (
+        text + ',"usage":{"prompt_tokens":1,"total_tokens":1}' + '"finish_reason":"stop"data: [DONE]' + text
+    )
+    tap = openai()
+    assert tap.feed(event(nasty, usage=(9, 1))) == event(nasty)
+    assert (tap.finishes, tap.is_done, tap.error) == (0, False, None)
+    assert tap.tokens == Tokens(prompt=9, completion=1)
+
+
+def test_counts_of_several_answers_add_up_and_the_prompt_counts_once():
+    tap = openai(choices=3)
+    for number in range(1, 5):
+        for index in range(3):
+            tap.feed(event("x", index=index, usage=(9, number)))
+    assert tap.tokens == Tokens(prompt=9, completion=12)
+
+
+def test_answers_merged_into_one_piece_are_all_counted():
+    tap = openai(choices=2)
+    tap.feed(event("x", index=0, usage=(9, 3)) + event("x", index=1, usage=(9, 5)))
+    assert tap.tokens.completion == 8
+
+
+def test_several_prompts_count_each_once_however_many_answers_they_have():
+    tap = openai(choices=4, prompts=2)
+    for index, prompt in enumerate([5, 5, 11, 11]):
+        tap.feed(event("x", index=index, usage=(prompt, 2)))
+    assert tap.tokens == Tokens(prompt=16, completion=8)
+
+
+def test_the_engines_last_word_wins():
+    tap = openai(choices=2)
+    tap.feed(event("x", index=0, usage=(9, 3)) + event(usage=(9, 50), cached=8) + event("x", usage=(9, 4)))
+    assert tap.tokens == Tokens(prompt=9, cached=8, completion=50)
+
+
+# --- ends ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_event_ends_it_and_done_after_it_makes_nothing_whole():
+    tap = openai()
+    assert tap.feed(BROKEN) == event("") + event("one")
+    assert tap.error["code"] == 500
+    assert not tap.is_whole
+    assert not tap.is_done
+    assert tap.feed(event("more")) == b""
+    assert tap.tokens.completion == 1
+
+
+def test_an_error_event_that_is_no_json_is_still_an_error():
+    tap = openai()
+    assert tap.feed(b'data: {"error": what}\n\n') == b""
+    assert tap.error is not None
+
+
+def test_done_without_a_finish_is_not_whole():
+    tap = openai()
+    tap.feed(event("x", usage=(9, 1)) + DONE)
+    assert (tap.is_done, tap.is_whole) == (True, False)
+
+
+def test_a_finish_without_done_is_whole_and_done_is_made_up():
+    tap = openai()
+    tap.feed(event("x", finish="length", usage=(9, 1)))
+    assert (tap.is_done, tap.is_whole, tap.ending(7)) == (False, True, DONE)
+
+
+def test_every_answer_must_finish():
+    tap = openai(choices=2)
+    tap.feed(event("x", index=0, finish="stop"))
+    assert not tap.is_whole
+    tap.feed(event("y", index=1, finish="length") + DONE)
+    assert tap.is_whole
+
+
+def test_bytes_after_the_end_go_nowhere():
+    tap = openai()
+    tap.feed(event(finish="stop") + DONE + event("late"))
+    assert tap.feed(event("later")) == b""
+    assert tap.ending(7) == DONE
+
+
+def test_the_bytes_of_an_unfinished_event_are_told():
+    tap = openai()
+    tap.feed(event("x") + b"data: {" + b"a" * 1000)
+    assert tap.pending_bytes == 1007
+
+
+# --- estimates -----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_reports_nothing_is_estimated_event_by_event():
+    tap = openai()
+    for _ in range(3):
+        tap.feed(event("Paris is the capital."))
+    assert tap.tokens == Tokens(
+        prompt=count_prompt(ASKED), completion=3 * count_tokens("Paris is the capital."), estimated=True
+    )
+
+
+def test_an_estimate_gives_way_to_the_engines_last_word():
+    tap = openai(wants_usage=True)
+    tap.feed(event("Paris") + event(finish="stop") + event(usage=(9, 2)) + DONE)
+    assert tap.tokens == Tokens(prompt=9, completion=2)
+
+
+def test_tool_calls_and_reasoning_are_estimated_too():
+    call = {"tool_calls": [{"index": 0, "function": {"name": "weather", "arguments": '{"city":"Paris"}'}}]}
+    tap = openai()
+    for delta in (call, {"reasoning": "Let me think."}):
+        tap.feed(b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n")
+    parts = ("weather", '{"city":"Paris"}', "Let me think.")
+    assert tap.tokens.completion == sum(map(count_tokens, parts))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_any_prompt_can_be_counted(value):
+    assert count_prompt(value) >= 0
+
+
+def test_an_unbroken_run_of_letters_is_counted_in_pieces():
+    assert count_tokens("a" * 100_000) > 10_000
+
+
+# --- /v1/complete --------------------------------------------------------------------------------------------------
+
+
+def test_complete_gives_text_by_index_then_one_final_event():
+    tap = CompleteTap(ASKED)
+    out = tap.feed(
+        event("")
+        + event("Hi", usage=(9, 1))
+        + event("!", finish="length", usage=(9, 2))
+        + event(usage=(9, 2))
+        + DONE
+    )
+    assert out == b'data: {"text":"Hi","index":0}\n\ndata: {"text":"!","index":0}\n\n'
+    final = orjson.loads(tap.ending(3).removesuffix(b"\n\n" + DONE)[6:])
+    assert final == {
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+        "cost_halala": 3,
+    }
+    assert tap.text == "Hi!"
+
+
+def test_complete_that_timed_out_is_whole_with_what_it_has():
+    tap = CompleteTap(ASKED)
+    tap.feed(event("Hi", usage=(9, 1)))
+    tap.time_out()
+    assert (tap.is_whole, tap.is_done, tap.finish_reason) == (True, True, "timeout")
+    assert tap.feed(event("late", usage=(9, 2))) == b""
+    assert tap.tokens.completion == 1
+
+
+@pytest.mark.parametrize(("engine", "ours"), [("stop", "stop"), ("length", "length"), ("tool_calls", "stop")])
+def test_complete_knows_three_ways_to_finish(engine, ours):
+    tap = CompleteTap(ASKED)
+    tap.feed(event(finish=engine) + DONE)
+    assert tap.finish_reason == ours
+
+
+# --- /v1/responses -------------------------------------------------------------------------------------------------
+
+
+def test_a_responses_stream_that_is_cut_is_counted_by_its_deltas():
+    body = stream_of("responses_stream")
+    tap = ResponsesTap("hello")
+    tap.feed(body[: body.rindex(b"event: response.completed")])
+    said = "".join(
+        orjson.loads(found) for found in re.findall(rb'output_text.delta".*?"delta":("[^\n]*?")[,}]', body)
+    )
+    assert tap.tokens.estimated
+    assert tap.tokens.completion > 0
+    assert abs(tap.tokens.completion - count_tokens(said)) <= len(body) // 100
+    assert not tap.is_whole
+
+
+def test_a_responses_stream_that_fails_is_an_error():
+    tap = ResponsesTap("hello")
+    assert tap.feed(b'event: error\ndata: {"error": {"message": "no", "code": 503}}\n\n') == b""
+    assert tap.error["code"] == 503
+    assert not tap.is_whole
+
+
+# --- what lies in the bytes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", None),
+        (b": ping\n\n", None),
+        (b"data: {", None),
+        (b"data: {}\n\n", b"data: {}"),
+        (b": a\n\n: b\n\ndata: 1\n\ndata: 2\n\n", b"data: 1"),
+        (b"\n\ndata: 1\n\n", b"data: 1"),
+    ],
+)
+def test_the_first_event_is_the_first_that_is_no_comment(data, found):
+    assert first_event(data) == found
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_nonstream", "chat_n2", "completion_multi_prompt", "embed__embeddings", "responses_nonstream",
+             "chat_nonstream_repeat_cached", "full__prefix_warm"],
+)  # fmt: skip
+def test_usage_of_a_whole_answer_is_what_json_says(name):
+    body = captures_of.load(name).body
+    usage = orjson.loads(body)["usage"]
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    assert answer_tokens(body) == Tokens(
+        prompt=usage.get("prompt_tokens", usage.get("input_tokens")),
+        cached=details.get("cached_tokens") or 0,
+        completion=usage.get("completion_tokens", usage.get("output_tokens", 0)),
+    )
+
+
+@pytest.mark.parametrize("body", [b"{}", b"", b"not json", b'{"choices":[]}', b'{"usage":null}'])
+def test_an_answer_without_usage_has_none(body):
+    assert answer_tokens(body) is None
+
+
+def test_text_in_an_answer_is_never_taken_for_usage():
+    fake = ',"usage":{"prompt_tokens":1,"total_tokens":1,"completion_tokens":1}'
+    body = orjson.dumps(
+        {
+            "choices": [{"text": fake}],
+            "usage": {"prompt_tokens": 9, "total_tokens": 11, "completion_tokens": 2},
+            "x": fake,
+        }
+    )
+    assert answer_tokens(body) == Tokens(prompt=9, completion=2)
+
+
+def test_cost_is_the_last_field():
+    assert orjson.loads(add_cost(b'{"a":{"b":1}}\n', 5)) == {"a": {"b": 1}, "cost_halala": 5}
