@@ -24,7 +24,12 @@ FILE_VARIABLE = "POOLGATE_CONFIG"
 PLAIN_VARIABLES = {"DATABASE_URL": "database_url", "REDIS_URL": "redis_url"}
 # Names with our prefix that are no settings: the file's own, what a parent passes its children, and what the
 # command line's client commands read.
-RESERVED_VARIABLES = frozenset({FILE_VARIABLE, "POOLGATE_PARENT_FD", "POOLGATE_URL", "POOLGATE_API_KEY"})
+RESERVED_VARIABLES = frozenset(
+    {
+        FILE_VARIABLE, "POOLGATE_PARENT_FD", "POOLGATE_URL", "POOLGATE_API_KEY", "POOLGATE_AGENT_KEY", "POOLGATE_DEBUG",
+        "POOLGATE_STOP_WITH_PARENT", "POOLGATE_TORCH_INDEX",
+    }
+)  # fmt: skip
 
 _KNOBS: dict[str, Field[Any]] = {knob.name: knob for knob in fields(Settings)}
 _KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

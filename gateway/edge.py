@@ -41,7 +41,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def new_request_id() -> str:
-    """Sorts by time, and is unique over all processes."""
+    """Sorts by time, unique over all processes; a turn's id is the same number (`gateway.turn`)."""
     return f"req_{uuid7().hex}"
 
 

@@ -10,6 +10,7 @@ import hmac
 import logging
 import random
 import time
+import uuid
 from collections.abc import Callable
 
 import orjson
@@ -19,7 +20,6 @@ from billing.prices import PriceBook, cost_nano
 from billing.usage import UsageRecord
 from config.clock import Clock
 from config.defaults import Settings
-from config.ids import uuid7
 from gateway.errors import (
     ApiError,
     InsufficientQuota,
@@ -111,7 +111,8 @@ class Lifecycle:
         if self._is_full():
             raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
         now = self._clock.now()
-        return Turn(uuid7(), request_id, principal, ask, model, self._prices.price(model, now), now)
+        turn_id = uuid.UUID(request_id.removeprefix("req_"))
+        return Turn(turn_id, request_id, principal, ask, model, self._prices.price(model, now), now)
 
     async def _dispatch(self, turn: Turn, down: Downstream) -> None:
         """Try engines until one answers; another one only while the client got nothing but comments."""

@@ -48,8 +48,9 @@ class TurnRecords:
         if record.ttft_ms is not None:
             metrics.first_event.labels(model).observe(record.ttft_ms / 1000)
         if record.prompt_tokens:
-            metrics.tokens.labels(model, "prompt").inc(record.prompt_tokens - record.cached_tokens)
-            metrics.tokens.labels(model, "cached_prompt").inc(record.cached_tokens)
+            cached = min(record.cached_tokens, record.prompt_tokens)  # an engine may report nonsense
+            metrics.tokens.labels(model, "prompt").inc(record.prompt_tokens - cached)
+            metrics.tokens.labels(model, "cached_prompt").inc(cached)
         if record.completion_tokens:
             metrics.tokens.labels(model, "completion").inc(record.completion_tokens)
         if record.amount_nano:
@@ -59,7 +60,7 @@ class TurnRecords:
 def _fields(record: UsageRecord) -> dict[str, object]:
     return {
         "action": "turn",
-        "turn_id": str(record.turn_id),
+        "request_id": f"req_{record.turn_id.hex}",
         "account_id": record.account_id,
         "key_id": record.key_id,
         "engine": f"{record.node_id}/{record.engine_id}",

@@ -25,7 +25,11 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get(
-    "/v1/models/{model:.+}", summary="One model", answers={200: ModelEntry}, errors=(401, 404), auth="optional"
+    "/v1/models/{model:.+}",
+    summary="One model",
+    answers={200: ModelEntry},
+    errors=(401, 404),
+    auth="optional",
 )
 async def one_model(request: web.Request) -> web.StreamResponse:
     """One entry of the list; a model that the key may not use does not exist for it."""
