@@ -180,6 +180,9 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
+            if self.complete:
+                self.close()  # a second answer right behind the first: see on_message_begin
+                return
             log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
             self._fail(UpstreamLost("the engine's answer could not be relayed"))
         except httptools.HttpParserError as error:
@@ -202,6 +205,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.poke()
 
     # --- llhttp's side ----------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise UpstreamLost("an answer that nobody asked for")  # it must not become part of this turn or the next
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value

@@ -1,0 +1,449 @@
+"""Our connection to an engine, against a server that says exactly what it is told, byte by byte."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import pytest
+
+from config.defaults import Settings
+from gateway.relay import upstream
+from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPool, request_bytes
+from tests.waiting import eventually
+
+REQUEST = request_bytes("engine:1", "/v1/chat/completions", "req_1", b"{}")
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNK = b"3\r\nabc\r\n"
+END = b"0\r\n\r\n"
+
+
+class Server:
+    """Accepts connections; a test writes and reads on each as it likes."""
+
+    def __init__(self) -> None:
+        self.accepted: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted.append((reader, writer))
+
+    async def says(self, data: bytes, *, of: int = -1) -> None:
+        await eventually(lambda: len(self.accepted) > max(of, 0))
+        writer = self.accepted[of][1]
+        writer.write(data)
+        await writer.drain()
+
+    async def heard(self, *, of: int = -1) -> bytes:
+        """One whole request."""
+        await eventually(lambda: len(self.accepted) > max(of, 0))
+        return await self.accepted[of][0].readexactly(len(REQUEST))
+
+    async def sees_end(self, *, of: int = -1) -> bool:
+        """Our side closed the connection."""
+        try:
+            return await self.accepted[of][0].read() == b""
+        except ConnectionResetError:
+            return True
+
+    def hangs_up(self, *, of: int = -1) -> None:
+        self.accepted[of][1].close()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(engine_idle_s=60.0, engine_idle_connections_max=3, connect_timeout_s=10.0)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[Server, int]]:
+    told = Server()
+    listener = await asyncio.start_server(told.accept, "127.0.0.1", 0)
+    yield told, listener.sockets[0].getsockname()[1]
+    listener.close()
+    for _, writer in told.accepted:
+        writer.close()
+
+
+@pytest.fixture
+def peer(server) -> Server:
+    return server[0]
+
+
+@pytest.fixture
+async def pool(server, settings) -> AsyncIterator[UpstreamPool]:
+    made = UpstreamPool("127.0.0.1", server[1], settings)
+    yield made
+    made.close()
+
+
+async def over(connection: UpstreamConnection) -> None:
+    while not connection.is_over:
+        await connection.changed(30)
+
+
+async def begun(pool: UpstreamPool) -> UpstreamConnection:
+    connection = pool.idle() or await pool.connect()
+    connection.begin(REQUEST)
+    return connection
+
+
+async def answered(pool: UpstreamPool, peer: Server, data: bytes = WHOLE) -> UpstreamConnection:
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(data)
+    await over(connection)
+    return connection
+
+
+# --- one answer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_carries_our_headers_and_no_others():
+    head, _, body = request_bytes("10.0.0.1:8000", "/v1/x", "req_9", b'{"a":1}').partition(b"\r\n\r\n")
+    assert head.split(b"\r\n") == [
+        b"POST /v1/x HTTP/1.1",
+        b"host: 10.0.0.1:8000",
+        b"content-type: application/json",
+        b"x-request-id: req_9",
+        b"content-length: 7",
+    ]
+    assert body == b'{"a":1}'
+
+
+async def test_a_whole_answer_is_taken_once(pool, peer):
+    connection = await answered(pool, peer)
+    assert (connection.status, connection.complete, connection.failure) == (200, True, None)
+    assert connection.headers[b"content-length"] == b"2"
+    assert connection.peek() == b"ok"
+    assert connection.take() == b"ok"
+    assert (connection.take(), connection.buffered) == (b"", 0)
+
+
+async def test_what_was_buffered_is_taken_and_what_follows_goes_to_the_sink(pool, peer):
+    connection, got = await begun(pool), []
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: connection.buffered == 3)
+    connection.attach(got.append)
+    await peer.says(CHUNK + END)
+    await over(connection)
+    assert (connection.take(), b"".join(got)) == (b"abc", b"abc")
+
+
+@pytest.mark.parametrize("data", [WHOLE, HEAD + CHUNK + CHUNK + END])
+async def test_an_answer_may_come_byte_by_byte(pool, peer, data):
+    connection = await begun(pool)
+    await peer.heard()
+    for byte in data:
+        await peer.says(bytes([byte]))
+        await asyncio.sleep(0)
+    await over(connection)
+    assert connection.take() in (b"ok", b"abcabc")
+
+
+@pytest.mark.parametrize("status", ["100 Continue", "103 Early Hints", "102 Processing"])
+async def test_informational_answers_come_before_the_answer_and_are_not_it(pool, peer, status):
+    connection = await begun(pool)
+    await peer.says(f"HTTP/1.1 {status}\r\nlink: x\r\n\r\n".encode())
+    await peer.heard()
+    assert (connection.status, connection.complete) == (0, False)
+    await peer.says(WHOLE)
+    await over(connection)
+    assert (connection.status, connection.take()) == (200, b"ok")
+    assert b"link" not in connection.headers
+    connection.release()
+    assert pool.idle() is connection
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"SSH-2.0-x\r\n",
+        b"HTTP/1.1 999999 x\r\n\r\n",
+        HEAD + b"zz\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+    ],
+)
+async def test_what_is_no_http_answer_is_a_failure_and_closes(pool, peer, data):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(data)
+    await over(connection)
+    assert connection.failure is not None
+    assert connection.closed
+    assert await peer.sees_end()
+
+
+async def test_an_end_before_the_answer_is_whole_is_a_failure(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    peer.hangs_up()
+    await over(connection)
+    assert not connection.complete
+    assert connection.failure is not None
+    assert connection.take() == b"abc"
+
+
+async def test_a_sink_that_fails_ends_the_turn_and_not_the_process(pool, peer, caplog):
+    def broken(_data: bytes) -> None:
+        raise RuntimeError("in the sink")
+
+    connection = await begun(pool)
+    connection.attach(broken)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await over(connection)
+    assert connection.closed
+    assert [record.action for record in caplog.records] == ["relay_failed"]
+
+
+async def test_waiting_ends_when_time_is_up(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await connection.changed(0.01)
+    assert not connection.is_over
+
+
+async def test_a_cancelled_wait_leaves_no_timer_and_no_waiter(pool, peer):
+    connection = await begun(pool)
+    waiting = asyncio.create_task(connection.changed(30))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    connection.poke()
+    assert connection._waiter is None
+
+
+# --- use again -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_clean_connection_is_used_again(pool, peer):
+    connection = await answered(pool, peer)
+    connection.release()
+    assert await answered(pool, peer) is connection
+    assert len(peer.accepted) == 1
+    assert connection.turns == 2
+    assert connection.take() == b"ok"
+
+
+async def test_the_youngest_idle_connection_is_used_first(pool, peer):
+    first, second = await begun(pool), await begun(pool)
+    await peer.says(WHOLE, of=0)
+    await peer.says(WHOLE, of=1)
+    for connection in (first, second):
+        await over(connection)
+        connection.release()
+    assert pool.idle() is second
+    assert pool.idle() is first
+    assert pool.idle() is None
+
+
+async def test_connections_past_their_age_are_never_used_again(peer, server, settings):
+    pool = UpstreamPool("127.0.0.1", server[1], replace(settings, engine_idle_s=0.0))
+    connection = await answered(pool, peer)
+    connection.release()
+    await asyncio.sleep(0.01)
+    assert pool.idle() is None
+    assert connection.closed
+    assert await peer.sees_end()
+
+
+async def test_no_more_idle_connections_are_kept_than_the_bound(pool, peer, settings):
+    connections = [await begun(pool) for _ in range(5)]
+    for number, connection in enumerate(connections):
+        await peer.says(WHOLE, of=number)
+        await over(connection)
+        connection.release()
+    assert repr(pool).endswith("idle=3>")
+    assert [connection.closed for connection in connections] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+    ],
+)
+async def test_an_engine_that_says_close_is_believed(pool, peer, data):
+    connection = await answered(pool, peer, data)
+    connection.release()
+    assert connection.closed
+    assert pool.idle() is None
+
+
+async def test_an_answer_that_only_the_end_ends_is_whole_and_not_used_again(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+    peer.hangs_up()
+    await over(connection)
+    connection.release()
+    assert pool.idle() is None
+    assert connection.take() == b"until the end"
+
+
+async def test_a_released_stream_lingers_for_its_last_chunk(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: connection.buffered == 3)
+    connection.release()
+    assert pool.idle() is None, "not yet"
+    await peer.says(END)
+    await eventually(lambda: repr(pool).endswith("idle=1>"))
+    assert pool.idle() is connection
+    assert connection.buffered == 0
+
+
+async def test_a_released_stream_that_brings_no_end_is_closed(pool, peer, monkeypatch):
+    monkeypatch.setattr(upstream, "LINGER_S", 0.02)
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: connection.buffered == 3)
+    connection.release()
+    assert await peer.sees_end()
+    assert connection.closed
+    assert pool.idle() is None
+
+
+async def test_the_linger_of_one_turn_does_not_end_the_next(pool, peer, monkeypatch):
+    monkeypatch.setattr(upstream, "LINGER_S", 0.05)
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: connection.buffered == 3)
+    connection.release()
+    await peer.says(END)
+    await eventually(lambda: repr(pool).endswith("idle=1>"))
+    assert await begun(pool) is connection
+    await asyncio.sleep(0.1)  # the timer of the first turn fires
+    assert not connection.closed
+    await peer.says(WHOLE)
+    await over(connection)
+    assert connection.take() == b"ok"
+
+
+async def test_a_paused_connection_is_not_used_again(pool, peer):
+    connection = await answered(pool, peer)
+    connection.complete = False
+    connection.pause()
+    connection.complete = True
+    connection.release()
+    assert connection.closed
+
+
+async def test_pausing_holds_the_engine_back_and_resuming_gets_the_rest(pool, peer):
+    connection, got = await begun(pool), []
+    connection.attach(got.append)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: got)
+    connection.pause()
+    connection.pause()
+    await peer.says(CHUNK + END)
+    await asyncio.sleep(0.05)
+    assert b"".join(got) == b"abc"
+    connection.resume()
+    await over(connection)
+    assert b"".join(got) == b"abcabc"
+
+
+async def test_bytes_that_nobody_asked_for_end_an_idle_connection(pool, peer):
+    connection = await answered(pool, peer)
+    connection.release()
+    await peer.says(WHOLE)
+    await eventually(lambda: connection.closed)
+    assert pool.idle() is None
+
+
+@pytest.mark.parametrize("second", [WHOLE, WHOLE[:-1], b"HTTP/1.1 200 OK\r\n", b"x"])
+async def test_a_second_answer_right_behind_the_first_is_not_part_of_it_nor_of_the_next_turn(
+    pool, peer, second
+):
+    connection = await answered(pool, peer, WHOLE + second)
+    assert connection.take() == b"ok"
+    connection.release()
+    assert connection.closed
+    assert pool.idle() is None
+
+
+async def test_an_engine_that_hangs_up_on_an_idle_connection_costs_nothing(pool, peer):
+    connection = await answered(pool, peer)
+    connection.release()
+    peer.hangs_up()
+    await eventually(lambda: connection.closed)
+    assert pool.idle() is None
+
+
+async def test_a_request_that_crosses_the_engines_hang_up_is_known_to_be_stale(pool, peer):
+    connection = await answered(pool, peer)
+    connection.release()
+    connection = pool.idle()
+    peer.hangs_up()  # its FIN is on the way while we send
+    connection.begin(REQUEST)
+    await over(connection)
+    assert connection.failure is not None
+    assert connection.was_stale
+
+
+async def test_a_new_connection_that_fails_is_not_stale(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    peer.hangs_up()
+    await over(connection)
+    assert not connection.was_stale
+
+
+async def test_a_failure_after_the_status_is_not_stale(pool, peer):
+    (await answered(pool, peer)).release()
+    connection = await begun(pool)
+    await peer.says(HEAD)
+    await eventually(lambda: connection.status == 200)
+    peer.hangs_up()
+    await over(connection)
+    assert not connection.was_stale
+
+
+# --- closing -------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_is_seen_by_the_engine_at_once(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    connection.close()
+    connection.close()
+    assert await peer.sees_end()
+
+
+async def test_a_closed_pool_closes_idle_connections_and_those_that_come_back(pool, peer):
+    idle, busy = await begun(pool), await begun(pool)
+    for number, connection in enumerate((idle, busy)):
+        await peer.says(WHOLE, of=number)
+        await over(connection)
+    idle.release()
+    pool.close()
+    assert idle.closed
+    busy.release()
+    assert busy.closed
+
+
+async def test_nobody_listening_is_a_connect_failure(settings, unused_tcp_port_factory: Callable[[], int]):
+    pool = UpstreamPool("127.0.0.1", unused_tcp_port_factory(), settings)
+    with pytest.raises(ConnectFailed):
+        await pool.connect()
+
+
+async def test_a_host_that_does_not_answer_is_a_connect_failure_in_time(pool, monkeypatch):
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    pool._settings = replace(pool._settings, connect_timeout_s=0.05)
+    monkeypatch.setattr(asyncio.get_running_loop().__class__, "create_connection", never, raising=False)
+    with pytest.raises(ConnectFailed, match="too long"):
+        await pool.connect()
