@@ -207,8 +207,8 @@ class UpstreamConnection(asyncio.Protocol):
     # --- llhttp's side ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self.complete:
-            raise UpstreamLost("an answer that nobody asked for")  # it must not become part of this turn or the next
+        if self.complete:  # it must not become part of this turn, nor of the next one
+            raise UpstreamLost("an answer that nobody asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.lower()] = value
