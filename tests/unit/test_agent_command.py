@@ -23,7 +23,7 @@ ALWAYS = [
 ]  # fmt: skip
 CPU = ["--enforce-eager", "--block-size", "32"]
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-CPU_ENV = {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1"}
+CPU_ENV = {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
 
 
 @pytest.mark.parametrize(
