@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 py = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help up engine test engine-test soak lint bench clean venv install install-test
+.PHONY: help up engine test engine-test browser browser-test soak lint bench clean venv install install-test
 
 help: ## list the targets
 	@echo 'poolgate: one OpenAI-compatible endpoint over a pool of GPU hosts'
@@ -30,14 +30,21 @@ help: ## list the targets
 up: install ## start everything on this machine: stores, gateway, a node with a real engine
 	@exec env POOLGATE_STOP_WITH_PARENT=1 $(py) -m gateway up $(ARGS)
 
-engine: install ## build the CPU engine (3.4 GB) and convert its model; skipped when they are there
+engine: install ## build the CPU engine (2.7 GB on disk) and convert its model; skipped when they are there
 	@exec $(py) -m nodes.agent.build --into "$(VENV)/engine" $(ARGS)
 
 test: install-test ## run every test that needs no vLLM
-	@exec $(py) -m pytest -m "not engine" $(ARGS)
+	@exec $(py) -m pytest -m "not engine and not browser" $(ARGS)
 
 engine-test: install-test engine ## run the tests against a real vLLM (builds the engine first)
 	@exec $(py) -m pytest -m engine $(ARGS)
+
+browser: ## install Debian's chromium with apt-get (as root); skipped when it is there
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+
+browser-test: install-test browser ## run the tests of pages in a real browser (installs it first)
+	@exec $(py) -m pytest -m browser tests/browser $(ARGS)
 
 soak: install-test ## run the long forms of the tests and write docs/soak.md
 	@exec $(py) -m tests.soak $(ARGS)

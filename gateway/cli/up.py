@@ -38,7 +38,7 @@ STOP_MARGIN_S = 10.0
 DETAILS = """\
 Starts PostgreSQL and Valkey in the data folder (unless DATABASE_URL and REDIS_URL name real ones), the
 gateway, and a node agent with a vLLM engine; then prints the base URL, an API key with a starting
-balance, and requests to paste. The first start builds the engine's environment (about 3.4 GB, some
+balance, and requests to paste. The first start builds the engine's environment (about 2.7 GB, some
 minutes); later ones take seconds. Whatever dies is started again; Ctrl-C and SIGTERM stop everything."""
 
 EXAMPLES = """\
