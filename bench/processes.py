@@ -78,10 +78,10 @@ class Served:
             await asyncio.sleep(POLL_S)
 
     def _has_engines(self, count: int) -> bool:
-        return all(self._engines() >= count for _ in range(4 * max(1, len(self.workers()))))
+        return all(self.engines() >= count for _ in range(4 * max(1, len(self.workers()))))
 
-    def _engines(self) -> int:
-        """Of one worker: each connection may reach another one."""
+    def engines(self) -> int:
+        """Engines that one worker sends turns to: each connection may reach another worker."""
         components = {part["name"]: part for part in fetch(f"{self.url}/health")["components"]}
         details = components["nodes"]["details"]
         return int(details["engines_ready"]) - int(details["breakers_open"])

@@ -124,7 +124,9 @@ class Gateway:
         add_to(app, route_sets)
 
         await self.health.check()
-        self.registry.nodes_changed()
+        # Before it listens: clients may be queued on the socket of a worker that died.
+        self.registry.apply(*await nodes.ready_engines())
+        self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
         await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
         self._begin(
             feed.run(),

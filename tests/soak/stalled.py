@@ -43,7 +43,7 @@ class Size:
     client_stall_s: float
 
 
-SHORT = Size(clients=20, watched_s=1.0, client_stall_s=3.0)
+SHORT = Size(clients=20, watched_s=1.0, client_stall_s=2.5)
 LONG = Size(clients=50, watched_s=60.0, client_stall_s=75.0)
 
 
