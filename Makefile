@@ -46,7 +46,7 @@ browser: ## install Debian's chromium with apt-get (as root); skipped when it is
 browser-test: install-test browser ## run the tests of pages in a real browser (installs it first)
 	@exec $(py) -m pytest -m browser tests/browser $(ARGS)
 
-soak: install-test ## run the long forms of the tests and write docs/soak.md
+soak: install-test ## run the long forms of the tests and write docs/soak.md (about 7 minutes)
 	@exec $(py) -m tests.soak $(ARGS)
 
 lint: install-test ## ruff (rules and format) and mypy --strict
@@ -54,8 +54,8 @@ lint: install-test ## ruff (rules and format) and mypy --strict
 	@$(py) -m ruff format --check .
 	@$(py) -m mypy
 
-bench: install-test ## run the benchmarks and print their report
-	@exec $(py) -m bench.report $(ARGS)
+bench: install-test ## measure what a request costs and write bench/RESULTS.md (about 4 minutes)
+	@exec $(py) -m bench.cost $(ARGS)
 
 clean: ## remove caches and build products (keeps $(VENV) and data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

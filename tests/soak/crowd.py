@@ -17,6 +17,8 @@ GIVE_UP_S = 40.0
 """Past every bound of the gateway that these soaks set: a client that waits so long was left hanging."""
 
 TOKENS = 24
+APART_S = 0.006
+"""Clients start one after the other, over the time of a turn: in step they would all be between turns at once."""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ async def crowd(url: str, key: str, clients: int) -> AsyncIterator[Crowd]:
         wants_stream = number % 2 == 0
         client = Client(host, int(port))
         request = request_bytes(Job(url, key=key, body=_body(stream=wants_stream)))
+        await asyncio.sleep(APART_S * number)
         while not seen.is_over:
             seen.note(wants_stream, await client.ask(request, GIVE_UP_S))
         client.close()
