@@ -16,6 +16,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from config.defaults import Settings
+from config.valkey import end_if_cancelled
 
 log = logging.getLogger("poolgate.changes")
 
@@ -185,7 +186,7 @@ class ChangeFeed:
                 if self._is_listening:
                     log.warning("changes are polled only: %s", error, extra={"action": "changes_unheard"})
                 self._is_listening = False
-            _end_if_cancelled()
+            end_if_cancelled()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 
@@ -193,7 +194,7 @@ class ChangeFeed:
         """Until the connection fails, or nothing comes even after a ping: then the other side is gone."""
         is_asked = False
         while True:
-            _end_if_cancelled()
+            end_if_cancelled()
             message = await channel.get_message(timeout=QUIET_S)
             if message is None and is_asked:
                 raise TimeoutError("no answer to a ping")
@@ -202,13 +203,6 @@ class ChangeFeed:
                 await channel.ping()
             else:
                 self._wake.set()
-
-
-def _end_if_cancelled() -> None:
-    """redis-py turns a cancellation that arrives while it connects into its own time-out: it is raised again here."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _oldest(snapshot: str) -> int:

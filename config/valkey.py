@@ -3,6 +3,8 @@
 What is kept there is left to its users.
 """
 
+import asyncio
+
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -39,3 +41,12 @@ async def is_up(valkey: Redis) -> bool:
         return bool(await valkey.ping())
     except (RedisError, OSError, TimeoutError):
         return False
+
+
+def end_if_cancelled() -> None:
+    """To be called after commands in a loop that only its cancellation ends: one that arrives just as a command is
+    answered is lost in Python 3.11's `asyncio.wait_for`, and one while redis-py connects becomes its time-out.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
