@@ -119,10 +119,10 @@ class System:
         return [Row(**row) for row in found]
 
     def engines(self) -> list[EngineRow]:
-        """Every engine of the pool, the longest known node first."""
+        """Every engine of the pool that was not stopped, the longest known node's first."""
         found = self.ask(
             "select e.node_id::text, e.url, e.state, e.restarts from engines e join nodes n on n.id = e.node_id"
-            " order by n.created_at"
+            " where e.state <> 'stopped' order by n.created_at"
         )
         return [EngineRow(**row) for row in found]
 

@@ -1,0 +1,142 @@
+"""Two nodes with a real engine each, one of them killed under load: who got nothing yet is served by the other."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from openai import AsyncOpenAI
+
+from nodes.agent.build import engine_status
+from tests.engine.system import MODEL, EngineRow, System, now
+from tests.fakes.processes import all_gone, eventually
+from tests.fakes.up import ROOT, clean_environment
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Tell a story."}]
+# Two engines on two cores make some 20 tokens a second each for a lone turn: these live for seconds.
+STREAM: dict[str, Any] = {"max_tokens": 160, "extra_body": {"ignore_eos": True}}
+WHOLE: dict[str, Any] = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+TURNS = 8
+END_BOUND_S = 180.0
+
+
+@pytest.fixture
+def second(system: System, tmp_path: Path) -> Iterator[EngineRow]:
+    """The ready engine of a second agent, which joins as on a host of its own."""
+    made = subprocess.run(
+        [sys.executable, "-m", "gateway", "key", "create", "--account", "this machine", "--scope", "node", "--json",
+         "--data-dir", str(system.up.folder)],
+        cwd=ROOT, env=clean_environment(), capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    (model,) = engine_status(Path(sys.prefix) / "engine").models
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "gateway", "agent", "--gateway", system.base_url, "--data-dir", str(tmp_path / "node"),
+         "--model", str(model)],
+        cwd=ROOT, env=clean_environment() | {"POOLGATE_AGENT_KEY": json.loads(made.stdout)["key"]},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    processes = [agent.pid]
+    try:
+        first, joined = system.await_ready(2)
+        assert first.node_id != joined.node_id
+        eventually(lambda: engines_in_use(system) == 2)
+        processes += [process.pid for process in psutil.Process(agent.pid).children(recursive=True)]
+        yield joined
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(60) == 0
+        all_gone(processes)
+    finally:
+        if agent.poll() is None:
+            os.kill(agent.pid, signal.SIGKILL)
+            agent.wait()
+
+
+def engines_in_use(system: System) -> int:
+    """How many engines the gateway sends turns to."""
+    with urllib.request.urlopen(f"{system.base_url}/metrics", timeout=30) as answer:
+        found = re.search(r"^poolgate_engines_ready (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found
+    return int(float(found[1]))
+
+
+@dataclass
+class Turn:
+    """How one turn went as its client saw it; `chunks` is 0 for one that is not streamed."""
+
+    chunks: int = 0
+    tokens: int = 0
+    error: openai.APIError | None = None
+
+
+async def streamed(client: AsyncOpenAI, turn: Turn) -> Turn:
+    try:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **STREAM
+        )
+        async with stream:
+            async for chunk in stream:
+                turn.chunks += bool(chunk.choices and chunk.choices[0].delta.content)
+                turn.tokens = chunk.usage.completion_tokens if chunk.usage else 0
+    except openai.APIError as error:
+        turn.error = error
+    return turn
+
+
+async def whole(client: AsyncOpenAI) -> Turn:
+    try:
+        chat = await client.chat.completions.create(model=MODEL, messages=MESSAGES, **WHOLE)
+    except openai.APIError as error:
+        return Turn(error=error)
+    assert chat.usage is not None
+    return Turn(tokens=chat.usage.completion_tokens)
+
+
+async def test_only_begun_turns_of_a_killed_engine_see_an_error(
+    async_client: AsyncOpenAI, system: System, second: EngineRow
+) -> None:
+    begun_at = now()
+    begun = [Turn() for _ in range(TURNS)]
+    streams = [asyncio.create_task(streamed(async_client, turn)) for turn in begun]
+    wholes = [asyncio.create_task(whole(async_client)) for _ in range(TURNS)]
+
+    def is_under_load() -> bool:
+        return all(turn.chunks for turn in begun) and second.metric("num_requests_running") >= 4
+
+    await asyncio.to_thread(eventually, is_under_load)
+    second.server().kill()
+    late = [asyncio.create_task(streamed(async_client, Turn())) for _ in range(TURNS)]
+    late += [asyncio.create_task(whole(async_client)) for _ in range(TURNS)]
+    async with asyncio.timeout(END_BOUND_S):
+        await asyncio.gather(*streams)
+        unbegun = await asyncio.gather(*wholes, *late)
+
+    assert [turn.error for turn in unbegun if turn.error] == []
+    assert {turn.tokens for turn in unbegun} == {STREAM["max_tokens"], WHOLE["max_tokens"]}
+    cut = [turn for turn in begun if turn.error]
+    assert cut
+    assert {(turn.error.type, turn.error.code) for turn in cut if turn.error} == {
+        ("server_error", "engine_failed")
+    }
+    assert {turn.tokens for turn in begun if not turn.error} <= {STREAM["max_tokens"]}
+
+    rows = await asyncio.to_thread(system.rows, begun_at, 4 * TURNS)
+    failed = [row for row in rows if row.outcome != "finished"]
+    assert {(row.outcome, row.node_id) for row in failed} == {("engine_failed", second.node_id)}
+    assert len(failed) == len(cut)
+    # What a client saw is charged: a chunk carries at least a token.
+    charged = sorted(row.completion_tokens for row in failed)
+    seen = sorted(turn.chunks for turn in cut)
+    assert all(tokens >= chunks > 0 for tokens, chunks in zip(charged, seen, strict=True))
