@@ -92,4 +92,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 
 def _on_one_line(value: object) -> str:
     """The text with control characters spelled out: what a client sent can't forge a line."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
+    text = str(value)
+    if text.isprintable():  # about every text is, and this costs a tenth of looking at each character here
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

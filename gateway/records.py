@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from billing.usage import UsageRecord
@@ -35,26 +36,38 @@ class TurnRecords:
     def flush(self) -> None:
         """Count and log what was settled since."""
         noted, self._noted = self._noted, []
-        for record in noted:
-            self._count(record)
+        self._count(noted)
         if log.isEnabledFor(logging.INFO):
             for record in noted:
                 log.info("%s %s %s", record.surface, record.model, record.outcome, extra=_fields(record))
 
-    def _count(self, record: UsageRecord) -> None:
-        metrics, model = self._metrics, record.model
-        metrics.turns.labels(record.surface, model, record.outcome).inc()
-        metrics.duration.labels(model).observe(record.duration_ms / 1000)
-        if record.ttft_ms is not None:
-            metrics.first_event.labels(model).observe(record.ttft_ms / 1000)
-        if record.prompt_tokens:
-            cached = min(record.cached_tokens, record.prompt_tokens)  # an engine may report nonsense
-            metrics.tokens.labels(model, "prompt").inc(record.prompt_tokens - cached)
-            metrics.tokens.labels(model, "cached_prompt").inc(cached)
-        if record.completion_tokens:
-            metrics.tokens.labels(model, "completion").inc(record.completion_tokens)
-        if record.amount_nano:
-            metrics.charged.labels(model).inc(record.amount_nano)
+    def _count(self, noted: list[UsageRecord]) -> None:
+        """Counters take the sums of a batch: each touch of one looks up its labels, locks and asks for the process id."""
+        metrics = self._metrics
+        turns: Counter[tuple[str, str, str]] = Counter()
+        tokens: Counter[tuple[str, str]] = Counter()
+        charged: Counter[str] = Counter()
+        for record in noted:
+            model = record.model
+            turns[record.surface, model, record.outcome] += 1
+            tokens[model, "prompt"] += record.prompt_tokens - record.cached_tokens
+            tokens[model, "cached_prompt"] += record.cached_tokens
+            tokens[model, "completion"] += record.completion_tokens
+            charged[model] += record.amount_nano
+        for names, count in turns.items():
+            metrics.turns.labels(*names).inc(count)
+        for names, count in tokens.items():
+            if count:
+                metrics.tokens.labels(*names).inc(count)
+        for model, amount_nano in charged.items():
+            if amount_nano:
+                metrics.charged.labels(model).inc(amount_nano)
+            of_model = [record for record in noted if record.model == model]
+            duration, first_event = metrics.duration.labels(model), metrics.first_event.labels(model)
+            for record in of_model:
+                duration.observe(record.duration_ms / 1000)
+                if record.ttft_ms is not None:
+                    first_event.observe(record.ttft_ms / 1000)
 
 
 def _fields(record: UsageRecord) -> dict[str, object]:
