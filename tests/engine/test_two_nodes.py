@@ -26,9 +26,8 @@ from tests.fakes.up import ROOT, clean_environment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell a story."}]
-# Two engines on two cores make some 20 tokens a second each for a lone turn: these live for seconds.
-STREAM: dict[str, Any] = {"max_tokens": 160, "extra_body": {"ignore_eos": True}}
-WHOLE: dict[str, Any] = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+# Long enough to be under way when the engine is killed; two engines on two cores make 100 tokens a second each.
+LONG, SHORT = 160, 32
 TURNS = 8
 END_BOUND_S = 180.0
 
@@ -81,11 +80,12 @@ class Turn:
     error: openai.APIError | None = None
 
 
-async def streamed(client: AsyncOpenAI, turn: Turn) -> Turn:
+async def streamed(client: AsyncOpenAI, turn: Turn, tokens: int) -> Turn:
     try:
         stream = await client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **STREAM
-        )
+            model=MODEL, messages=MESSAGES, max_tokens=tokens, extra_body={"ignore_eos": True}, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
         async with stream:
             async for chunk in stream:
                 turn.chunks += bool(chunk.choices and chunk.choices[0].delta.content)
@@ -97,7 +97,9 @@ async def streamed(client: AsyncOpenAI, turn: Turn) -> Turn:
 
 async def whole(client: AsyncOpenAI) -> Turn:
     try:
-        chat = await client.chat.completions.create(model=MODEL, messages=MESSAGES, **WHOLE)
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=SHORT, extra_body={"ignore_eos": True}
+        )
     except openai.APIError as error:
         return Turn(error=error)
     assert chat.usage is not None
@@ -107,30 +109,31 @@ async def whole(client: AsyncOpenAI) -> Turn:
 async def test_only_begun_turns_of_a_killed_engine_see_an_error(
     async_client: AsyncOpenAI, system: System, second: EngineRow
 ) -> None:
-    begun_at = now()
+    def running() -> float:
+        return second.metric("num_requests_running")
+
+    begun_at, server = now(), second.server()
     begun = [Turn() for _ in range(TURNS)]
-    streams = [asyncio.create_task(streamed(async_client, turn)) for turn in begun]
+    streams = [asyncio.create_task(streamed(async_client, turn, LONG)) for turn in begun]
+    await asyncio.to_thread(eventually, lambda: all(turn.chunks for turn in begun))
+    begun_there = await asyncio.to_thread(running)
     wholes = [asyncio.create_task(whole(async_client)) for _ in range(TURNS)]
-
-    def is_under_load() -> bool:
-        return all(turn.chunks for turn in begun) and second.metric("num_requests_running") >= 4
-
-    await asyncio.to_thread(eventually, is_under_load)
-    second.server().kill()
-    late = [asyncio.create_task(streamed(async_client, Turn())) for _ in range(TURNS)]
+    await asyncio.to_thread(eventually, lambda: running() > begun_there)
+    server.kill()
+    late = [asyncio.create_task(streamed(async_client, Turn(), SHORT)) for _ in range(TURNS)]
     late += [asyncio.create_task(whole(async_client)) for _ in range(TURNS)]
     async with asyncio.timeout(END_BOUND_S):
         await asyncio.gather(*streams)
         unbegun = await asyncio.gather(*wholes, *late)
 
     assert [turn.error for turn in unbegun if turn.error] == []
-    assert {turn.tokens for turn in unbegun} == {STREAM["max_tokens"], WHOLE["max_tokens"]}
+    assert {turn.tokens for turn in unbegun} == {SHORT}
     cut = [turn for turn in begun if turn.error]
     assert cut
     assert {(turn.error.type, turn.error.code) for turn in cut if turn.error} == {
         ("server_error", "engine_failed")
     }
-    assert {turn.tokens for turn in begun if not turn.error} <= {STREAM["max_tokens"]}
+    assert {turn.tokens for turn in begun if not turn.error} <= {LONG}
 
     rows = await asyncio.to_thread(system.rows, begun_at, 4 * TURNS)
     failed = [row for row in rows if row.outcome != "finished"]
