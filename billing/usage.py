@@ -99,7 +99,9 @@ update api_keys set last_used_at = clock_timestamp() where id in (
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
-QUARANTINE = "insert into usage_quarantine (reason, record) values ($1, $2)"
+QUARANTINE = (
+    "insert into usage_quarantine (turn_id, reason, record) values ($1, $2, $3) on conflict do nothing"
+)
 
 
 class UsageWriter:
@@ -202,7 +204,7 @@ class UsageWriter:
     async def _quarantine(self, record: UsageRecord, error: Exception) -> None:
         text = json.dumps(asdict(record), default=str)
         async with asyncio.timeout(self._settings.database_timeout_s):
-            await self._pool.execute(QUARANTINE, ascii(str(error)), text)
+            await self._pool.execute(QUARANTINE, ascii(record.turn_id), ascii(str(error)), text)
         log.error("a turn's usage was refused and put in quarantine: %s", error, extra={
             "action": "usage_quarantined", "turn_id": str(record.turn_id), "account_id": record.account_id,
             "amount_nano": record.amount_nano,

@@ -20,7 +20,7 @@ def knob(
 ) -> Any:
     """One setting: `low` and `high` are allowed themselves; `secret` values are never shown or logged."""
     meta = {"why": why, "low": low, "high": high, "unit": unit, "choices": choices, "secret": secret}
-    return field(default=default, metadata=meta)
+    return field(default=default, metadata=meta, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,13 @@ class Settings:
         low=1024,
         high=512 * 2**20,
         unit="bytes",
+    )
+    body_timeout_s: float = knob(
+        120.0,
+        "a whole request body must arrive within this; a slow one holds memory (10 MiB at 0.7 Mbit/s)",
+        low=1,
+        high=3600,
+        unit="seconds",
     )
     header_bytes_max: int = knob(
         8190,
@@ -165,8 +172,8 @@ class Settings:
     data_dir: str = knob("data", "folder of the embedded stores, the pepper, models and logs")
     database_pool_max: int = knob(
         4,
-        "PostgreSQL connections of one gateway process; none is used on the request path",
-        low=1,
+        "PostgreSQL connections of one gateway process, beside two for the change log and chores",
+        low=2,
         high=100,
         unit="connections",
     )

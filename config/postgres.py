@@ -53,7 +53,7 @@ async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Poo
     """
     return await asyncpg.create_pool(
         url,
-        min_size=1,
+        min_size=0,  # a pool that keeps a floor logs a traceback whenever PostgreSQL goes away
         max_size=max_size,
         timeout=timeout_s,
         command_timeout=timeout_s + _CLIENT_PATIENCE_S,

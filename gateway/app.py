@@ -1,7 +1,6 @@
 """The composition root: every part of a gateway worker is built here, given what it needs, started and stopped in order."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -59,6 +58,11 @@ GAUGES_S = 1.0
 """How often gauges are set."""
 
 STOP_POLL_S = 0.05
+CUT_S = 2.0
+"""What turns that are cut get to tell their clients."""
+
+WATCHERS = 2
+"""The change feed, and the caretaker, which keeps its connection while it is the caretaker."""
 
 
 class Gateway:
@@ -79,6 +83,10 @@ class Gateway:
         self._pool = await open_pool(
             settings.database_url, max_size=settings.database_pool_max, timeout_s=settings.database_timeout_s
         )
+        # A connection of its own for each: they must not wait behind a flood of keys or heartbeats.
+        self._watch_pool = await open_pool(
+            settings.database_url, max_size=WATCHERS, timeout_s=settings.database_timeout_s
+        )
         self._valkey = open_valkey(settings.redis_url, timeout_s=settings.valkey_timeout_s)
         self._http = aiohttp.ClientSession()
         pepper = load_pepper(settings)
@@ -89,7 +97,7 @@ class Gateway:
         self.registry = Registry(settings, networks, clock)
         nodes = NodeStore(self._pool)
         self._load = LoadShare(self._valkey, self.registry, settings, worker)
-        feed = ChangeFeed(self._pool, self._valkey, settings)
+        feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
@@ -125,7 +133,7 @@ class Gateway:
 
         await self.health.check()
         # Before it listens: clients may be queued on the socket of a worker that died.
-        self.registry.apply(*await nodes.ready_engines())
+        await self.registry.reload(nodes)
         self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
         await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
         self._begin(
@@ -136,7 +144,7 @@ class Gateway:
             self.usage.run(),
             self._records.run(),
             self.health.run(),
-            Caretaker(self._pool, nodes, settings).run(),
+            Caretaker(self._watch_pool, self._pool, settings).run(),
             self._set_gauges(),
         )
         await self._listen(app, sock)
@@ -164,6 +172,7 @@ class Gateway:
             "access_log": None,
             "max_line_size": settings.header_bytes_max,
             "max_field_size": settings.header_bytes_max,
+            "auto_decompress": False,  # a small body must not become a large one in memory
         }
         self._runner = web.AppRunner(app, handler_cancellation=True, **options)
         await self._runner.setup()
@@ -186,7 +195,7 @@ class Gateway:
         """One question to an engine whose breaker is open."""
         timeout = aiohttp.ClientTimeout(total=self.settings.connect_timeout_s)
         try:
-            async with self._http.get(f"http://{engine.host}:{engine.port}/health", timeout=timeout) as reply:
+            async with self._http.get(f"http://{engine.authority}/health", timeout=timeout) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
@@ -203,14 +212,21 @@ class Gateway:
 
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
-        loop = asyncio.get_running_loop()
         self.health.is_draining = True
         for server in self._servers:
             server.close()
-        ends_s = loop.time() + self.settings.shutdown_grace_s
-        while self.lifecycle.in_flight and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
-            await asyncio.sleep(STOP_POLL_S)
-        await self._runner.server.shutdown(0)  # type: ignore[union-attr]  # cuts what is left
+        manager = self._runner.server
+        assert manager is not None
+        manager.pre_shutdown()  # idle connections close now, busy ones after their answer
+        if not await self._ended_within(self.settings.shutdown_grace_s):
+            log.warning(
+                "%d turns outlive the grace and are cut",
+                self.lifecycle.in_flight,
+                extra={"action": "turns_cut"},
+            )
+            self.lifecycle.cut_all()
+            await self._ended_within(CUT_S)
+        await manager.shutdown(CUT_S)
         await self._runner.cleanup()
         for task in self._tasks:
             task.cancel()
@@ -221,6 +237,17 @@ class Gateway:
         self.lifecycle.upstreams.close()
         await self._http.close()
         await self._valkey.aclose()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.database_timeout_s):
-                await self._pool.close()
+        for pool in (self._watch_pool, self._pool):
+            try:
+                async with asyncio.timeout(self.settings.database_timeout_s):
+                    await pool.close()
+            except TimeoutError:
+                pool.terminate()
+
+    async def _ended_within(self, limit_s: float) -> bool:
+        """Wait for all turns to end."""
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + limit_s
+        while self.lifecycle.in_flight and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
+            await asyncio.sleep(STOP_POLL_S)
+        return not self.lifecycle.in_flight

@@ -27,9 +27,11 @@ AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 class Caretaker:
     """Tries to be the caretaker, and does the chores while it is."""
 
-    def __init__(self, pool: asyncpg.Pool, nodes: NodeStore, settings: Settings) -> None:
+    def __init__(self, watch_pool: asyncpg.Pool, pool: asyncpg.Pool, settings: Settings) -> None:
+        """`watch_pool`: where the lock's connection is taken, and kept; `pool`: for the chores."""
+        self._watch_pool = watch_pool
         self._pool = pool
-        self._nodes = nodes
+        self._nodes = NodeStore(pool)
         self._settings = settings
         self._watching_since_s: float | None = None
         self._chores_at_s = 0.0
@@ -38,7 +40,7 @@ class Caretaker:
         """Until cancelled; PostgreSQL's absence only pauses it."""
         while True:
             try:
-                async with self._pool.acquire() as connection:
+                async with self._watch_pool.acquire() as connection:
                     await self._hold(connection)
             except AWAY as error:
                 log.debug("the caretaker pauses: %s", error, extra={"action": "caretaker_paused"})

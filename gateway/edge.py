@@ -85,6 +85,8 @@ def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None
     def handle(status: int, exc: BaseException | None, _message: str | None) -> web.Response:
         if isinstance(exc, LineTooLong) or "Too many" in str(exc):
             error: ApiError = HeadersTooLarge()
+        elif isinstance(exc, web.HTTPException):
+            error = _of_http(exc)
         elif status < 500:
             error = BadRequest("The request is not valid HTTP.")
         else:

@@ -85,6 +85,12 @@ class MethodNotAllowed(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class RequestTimeout(ApiError):
+    """The request body took too long to arrive."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
 class BodyTooLarge(ApiError):
     """The request body is too large."""
 

@@ -12,6 +12,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import orjson
 
@@ -32,7 +33,8 @@ from gateway.identity.keyring import Principal
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens
 from gateway.relay.exchange import Delivery, stream, whole
-from gateway.relay.faults import EngineFault, unreachable
+from gateway.relay.faults import EngineFault, check_answer, unreachable
+from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes
@@ -74,27 +76,56 @@ class Lifecycle:
         self._salts: dict[int, str] = {}
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
         self.upstreams = Upstreams(settings)
-        self.in_flight = 0
+        self._running: set[asyncio.Task[Any]] = set()
+        self._cut: set[asyncio.Task[Any]] = set()
 
     async def run(self, ask: Ask, principal: Principal, request_id: str, down: Downstream) -> Turn:
         """One whole turn. Raises ApiError only while nothing was sent to the client."""
         turn = self._admit(ask, principal, request_id)
-        self.in_flight += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
         try:
             await self._dispatch(turn, down)
-        except (ClientGone, asyncio.CancelledError):
+        except ApiError as error:
+            self._refuse(turn, down, error)
+        except asyncio.CancelledError:
+            if task not in self._cut or down.is_gone:
+                turn.outcome = "client_gone"
+                raise
+            task.uncancel()
+            turn.outcome = "cut"
+            self._refuse(turn, down, Unavailable("The service is restarting. Try again.", retry_after_s=1))
+        except ClientGone:
             turn.outcome = "client_gone"
             raise
-        except ApiError as error:
-            turn.status = turn.status or error.status
-            if not down.is_started:
-                raise
-            self._settle(turn)
-            down.finish(error_event(error))
+        except Exception:
+            turn.outcome, turn.status = "crashed", ApiError.status
+            raise
         finally:
-            self.in_flight -= 1
+            self._running.discard(task)
+            self._cut.discard(task)
             self._settle(turn)
         return turn
+
+    def _refuse(self, turn: Turn, down: Downstream, error: ApiError) -> None:
+        """Say `error` in the way that is still open: raised while nothing was sent, else as the stream's last event."""
+        turn.status = error.status
+        self._settle(turn)
+        if not down.is_started:
+            raise error
+        down.finish(error_event(error))
+
+    @property
+    def in_flight(self) -> int:
+        """Turns that have not ended."""
+        return len(self._running)
+
+    def cut_all(self) -> None:
+        """End every turn now, charged for what was delivered, its client told."""
+        for task in list(self._running):
+            self._cut.add(task)
+            task.cancel()
 
     def _admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """May this key have this turn at all? Limits, budgets and the hold have their place here, after the funds."""
@@ -119,33 +150,47 @@ class Lifecycle:
         body = self._engine_body(turn)
         tokens = len(body) // 4 + min(turn.ask.output_tokens, OUTPUT_TOKENS_GUESS_MAX)
         tried: list[Engine] = []
-        fault: EngineFault | None = None
+        faults: list[EngineFault] = []
         while len(tried) < self._settings.dispatch_attempts_max:
-            engine = self._choose(turn, tokens, tried, fault)
+            engine = self._choose(turn, tokens, tried, faults)
             tried.append(engine)
-            turn.engine, turn.attempts = engine, len(tried)
+            turn.engine = engine
             load = engine.load
             load.turns += 1
             load.tokens += tokens
+            engine.breaker.began()
             try:
                 await self._attempt(turn, engine, body, down)
-                engine.breaker.succeeded()
+                self._judge(tried, faults, is_answered=True)
                 return
-            except EngineFault as failed:
-                fault = failed
-                self._registry.engine_answered(engine, failed.is_broken)
-                turn.cause = failed.cause
-                is_begun = self._is_begun(turn)
-                turn.outcome = "engine_failed" if failed.may_retry or is_begun else "refused"
-                if is_begun or not failed.may_retry:
+            except EngineFault as fault:
+                faults.append(fault)
+                self._note(turn, engine, fault)
+                is_begun = turn.first_event_s is not None and not turn.ask.gathers
+                turn.outcome = "engine_failed" if fault.may_retry or is_begun else "refused"
+                if is_begun or not fault.may_retry:
                     break
             finally:
+                engine.breaker.ended()
                 load.turns -= 1
                 load.tokens -= tokens
-        assert fault is not None
-        raise fault.error
+        self._judge(tried, faults, is_answered=False)
+        raise faults[-1].error
 
-    def _choose(self, turn: Turn, tokens: int, tried: list[Engine], fault: EngineFault | None) -> Engine:
+    def _judge(self, tried: list[Engine], faults: list[EngineFault], *, is_answered: bool) -> None:
+        """Tell the breakers. When every engine failed at one turn, the turn may be to blame: then only the first one tried
+        is counted, or a single poisonous request could take a whole model down."""
+        for place, (engine, fault) in enumerate(zip(tried, faults, strict=False)):
+            if fault.is_broken and (is_answered or fault.is_certain or place == 0):
+                self._registry.engine_failed(engine)
+
+    def _note(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
+        log.log(
+            logging.WARNING if fault.is_broken else logging.INFO, "%s failed: %s", engine.key, fault.cause,
+            extra={"action": "attempt_failed", "request_id": turn.request_id, "engine": engine.key},
+        )  # fmt: skip
+
+    def _choose(self, turn: Turn, tokens: int, tried: list[Engine], faults: list[EngineFault]) -> Engine:
         ask, settings = turn.ask, self._settings
         need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
         snapshot = self._registry.snapshot
@@ -158,15 +203,11 @@ class Lifecycle:
                 rng=self._rng,
             )
         except NoEngine as error:
-            if fault is not None:
-                raise fault.error from fault
+            if faults:
+                self._judge(tried, faults, is_answered=False)
+                raise faults[-1].error from faults[-1]
             raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
         return choice.engine
-
-    @staticmethod
-    def _is_begun(turn: Turn) -> bool:
-        """Something of this turn's answer was sent to its client."""
-        return turn.first_event_s is not None and not turn.ask.gathers
 
     def _engine_body(self, turn: Turn) -> bytes:
         """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""
@@ -190,7 +231,7 @@ class Lifecycle:
     async def _attempt(self, turn: Turn, engine: Engine, body: bytes, down: Downstream) -> None:
         """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it."""
         pool = self.upstreams.pool(engine)
-        request = request_bytes(f"{engine.host}:{engine.port}", turn.ask.engine_path, turn.request_id, body)
+        request = request_bytes(engine.authority, turn.ask.engine_path, turn.request_id, body)
         connection = pool.idle()
         if connection is not None:
             try:
@@ -209,13 +250,21 @@ class Lifecycle:
         self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream
     ) -> None:
         """One request on one connection, which is kept if all went well and closed at once if not."""
+        begun_s = time.monotonic()
         connection.begin(request)
         try:
             await self._relay(turn, connection, down)
         except BaseException:
             connection.close()
             raise
-        connection.release()
+        assert turn.engine is not None
+        if turn.outcome == "timeout":  # we ended it, not the engine, which should stop now
+            connection.close()
+            if turn.first_event_s is None:
+                self._registry.engine_failed(turn.engine)
+        else:
+            connection.release()
+            turn.engine.breaker.succeeded(begun_s)
 
     async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
         ask = turn.ask
@@ -234,15 +283,16 @@ class Lifecycle:
             await stream(connection, delivery, self._settings)
         finally:
             if not ask.gathers and turn.first_event_s is not None:
-                turn.tokens = tap.tokens
-        await self._finish(turn, tap, down, headers)
+                turn.tokens = tap.final_tokens()
+        self._finish(turn, tap, down, headers)
 
-    async def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
+    def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
         """Settle, then send the last bytes."""
         if down.is_gone and turn.ask.gathers:
             raise ClientGone
-        turn.tokens = tap.tokens
-        turn.outcome, turn.status = "finished", 200
+        turn.tokens = tap.final_tokens()
+        is_timeout = isinstance(tap, CompleteTap) and tap.timed_out
+        turn.outcome, turn.status = "timeout" if is_timeout else "finished", 200
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
         if turn.ask.render is not None:
@@ -255,6 +305,7 @@ class Lifecycle:
         self, turn: Turn, connection: UpstreamConnection, down: Downstream, headers: dict[str, str]
     ) -> None:
         body = await whole(connection, self._settings)
+        check_answer(body)
         if down.is_gone:
             raise ClientGone
         turn.first_event()

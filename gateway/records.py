@@ -56,9 +56,9 @@ class TurnRecords:
             charged[model] += record.amount_nano
         for names, count in turns.items():
             metrics.turns.labels(*names).inc(count)
-        for names, count in tokens.items():
+        for kind, count in tokens.items():
             if count:
-                metrics.tokens.labels(*names).inc(count)
+                metrics.tokens.labels(*kind).inc(count)
         for model, amount_nano in charged.items():
             if amount_nano:
                 metrics.charged.labels(model).inc(amount_nano)

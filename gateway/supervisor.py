@@ -32,8 +32,8 @@ STEADY_S = 30.0
 """A worker that lived this long is taken as sound: its successor starts at once."""
 
 BACKLOG = 4096
-KILL_AFTER_S = 10.0
-"""Past `shutdown_grace_s`, for writing what turns used, before a worker is killed."""
+KILL_AFTER_S = 25.0
+"""Past `shutdown_grace_s`, before a worker is killed: 10 s for writing what turns used, and all other steps' bounds."""
 
 
 class PortInUse(OSError):
@@ -144,7 +144,11 @@ def _tend(slot: Slot, settings: Settings) -> None:
         )
         slot.start_at_s = now_s + slot.pause_s
     if slot.child is None and now_s >= slot.start_at_s:
-        slot.child, slot.started_s = _start(slot.sock, settings), now_s
+        try:
+            slot.child, slot.started_s = _start(slot.sock, settings), now_s
+        except OSError:  # no memory or processes left just now
+            log.exception("a worker can't be started", extra={"action": "worker_not_started"})
+            slot.start_at_s = now_s + RESTART_MAX_S
 
 
 def _start(sock: socket.socket, settings: Settings) -> Child:
@@ -158,6 +162,8 @@ def _start(sock: socket.socket, settings: Settings) -> Child:
 
 def _stop(slots: list[Slot], settings: Settings) -> int:
     """SIGTERM to all, then SIGKILL to those that are still there past every bound."""
+    for slot in slots:
+        slot.sock.close()  # the workers close theirs: a client is refused at once instead of waiting
     children = [slot.child for slot in slots if slot.child is not None]
     for child in children:
         child.terminate()

@@ -15,8 +15,9 @@ from gateway.relay.events import Tokens
 from gateway.relay.taps import Tap
 from nodes.routing.snapshot import Engine
 
-Outcome = Literal["finished", "refused", "client_gone", "engine_failed", "timeout"]
-"""How a turn ended. `refused`: nothing was sent to an engine, or every engine said no. `timeout`: /v1/complete's bound."""
+Outcome = Literal["finished", "timeout", "refused", "client_gone", "engine_failed", "cut", "crashed"]
+"""How a turn ended. `timeout`: /v1/complete's bound. `refused`: nothing was sent to an engine, or every engine said no.
+`cut`: the gateway stopped and the turn outlived its grace. `crashed`: a fault of ours, which is in the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,9 @@ class Turn:
     started_at: float
     started_s: float = field(default_factory=time.monotonic)
     engine: Engine | None = None
-    attempts: int = 0
     tokens: Tokens = field(default_factory=Tokens)
     outcome: Outcome = "refused"
     status: int = 0
-    cause: str = ""
     first_event_s: float | None = None
     amount_nano: int = 0
     is_settled: bool = False

@@ -6,6 +6,7 @@ serve; a worker that stopped writing is forgotten after a few periods, by our ow
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from config.defaults import Settings
+from config.valkey import end_if_cancelled
 from nodes.registry import Registry
 
 log = logging.getLogger("poolgate.load")
@@ -42,7 +44,7 @@ class LoadShare:
         self._settings = settings
         self._worker = worker
         self._sequence = 0
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._seen: dict[str, tuple[Any, float]] = {}
         self._reports: dict[str, tuple[dict[str, Any], float]] = {}
         self._is_up = True
 
@@ -72,6 +74,7 @@ class LoadShare:
                 self._is_up = False
                 self._spread({})
                 pause_s = max(pause_s, AWAY_PAUSE_S)
+            end_if_cancelled()
             await asyncio.sleep(pause_s)
 
     async def _share(self) -> None:
@@ -90,27 +93,38 @@ class LoadShare:
             batch.hgetall(IN_FLIGHT)
             batch.hgetall(REPORTED)
             *_, workers, reported = await batch.execute()
-        self._spread(self._others(workers))
-        self._take_reported({key.decode(): orjson.loads(load) for key, load in reported.items()})
+        self._spread(self._others({name.decode(): value for name, value in workers.items()}))
+        known = {key.decode(): value for key, value in reported.items()}
+        self._take_reported({key: _decoded(value) for key, value in known.items()})
+        await self._sweep(known)
 
-    def _others(self, workers: dict[bytes, bytes]) -> dict[str, tuple[int, int]]:
+    async def _sweep(self, reported: dict[str, bytes]) -> None:
+        """Take out what nobody will: entries of workers that are gone, reports of engines that left."""
+        now_s = asyncio.get_running_loop().time()
+        gone = [worker for worker, (_, since_s) in self._seen.items() if now_s - since_s > KEPT_S]
+        if gone:
+            await self._valkey.hdel(IN_FLIGHT, *gone)
+        left = [key for key in reported if self._registry.engine(key) is None]
+        if left:
+            await self._valkey.hdel(REPORTED, *left)
+
+    def _others(self, workers: dict[str, bytes]) -> dict[str, tuple[int, int]]:
         """Turns and tokens of all other living workers, by engine."""
         now_s = asyncio.get_running_loop().time()
         totals: dict[str, tuple[int, int]] = {}
-        for name, value in workers.items():
-            worker = name.decode()
+        for worker, value in workers.items():
             if worker == self._worker:
                 continue
-            told = orjson.loads(value)
-            sequence, since_s = self._seen.get(worker, (-1, now_s))
-            if told["sequence"] != sequence:
-                self._seen[worker] = (told["sequence"], now_s)
+            told = _decoded(value)
+            sequence, since_s = self._seen.get(worker, (None, now_s))
+            if told.get("sequence") != sequence or worker not in self._seen:
+                self._seen[worker] = (told.get("sequence"), now_s)
             elif now_s - since_s > STALE_PERIODS * self._settings.load_share_s:
                 continue
-            for engine, (turns, tokens) in told["load"].items():
+            for engine, pair in _pairs(told):
                 before = totals.get(engine, (0, 0))
-                totals[engine] = (before[0] + turns, before[1] + tokens)
-        self._seen = {worker: seen for worker, seen in self._seen.items() if worker.encode() in workers}
+                totals[engine] = (before[0] + pair[0], before[1] + pair[1])
+        self._seen = {worker: seen for worker, seen in self._seen.items() if worker in workers}
         return totals
 
     def _spread(self, totals: dict[str, tuple[int, int]]) -> None:
@@ -131,9 +145,9 @@ class LoadShare:
             engine = self._registry.engine(key)
             assert engine is not None
             is_fresh = now_s - since_s <= REPORT_FRESH_S
-            engine.load.running = int(load.get("running", 0)) if is_fresh else 0
-            engine.load.waiting = int(load.get("waiting", 0)) if is_fresh else 0
-            engine.load.kv_usage = float(load.get("kv_usage", 0.0)) if is_fresh else 0.0
+            engine.load.running = int(_number(load, "running")) if is_fresh else 0
+            engine.load.waiting = int(_number(load, "waiting")) if is_fresh else 0
+            engine.load.kv_usage = _number(load, "kv_usage") if is_fresh else 0.0
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""
@@ -141,3 +155,26 @@ class LoadShare:
             await self._valkey.hdel(IN_FLIGHT, self._worker)
         except (RedisError, OSError, TimeoutError):
             log.debug("the entry expires by itself", extra={"action": "load_left"})
+
+
+# What stands in Valkey may come from another version, or from anybody: nonsense counts as nothing.
+
+
+def _decoded(value: bytes) -> dict[str, Any]:
+    try:
+        decoded = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return {}
+    return decoded if isinstance(decoded, dict) else {}
+
+
+def _pairs(told: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
+    load = told.get("load")
+    for engine, pair in load.items() if isinstance(load, dict) else ():
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(count, int) for count in pair):
+            yield engine, (pair[0], pair[1])
+
+
+def _number(load: dict[str, Any], name: str) -> float:
+    value = load.get(name, 0)
+    return value if isinstance(value, int | float) and 0 <= value < 2**53 else 0

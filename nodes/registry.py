@@ -65,7 +65,7 @@ class Registry:
         except EngineUrlRefused as error:
             log.warning("engine %s is not used: %s", row.key, error, extra={"action": "engine_refused"})
             return None
-        models = {model["id"]: Model(**model) for model in row.models}
+        models = {model["id"]: Model.of(model) for model in row.models}
         engine = self._engines.get(row.key)
         if engine is None:
             log.info(
@@ -82,9 +82,9 @@ class Registry:
         engine.models = models
         return engine
 
-    def engine_answered(self, engine: Engine, is_broken: bool) -> None:
-        """A turn's verdict on its engine."""
-        if is_broken and engine.breaker.failed(self._clock.monotonic()):
+    def engine_failed(self, engine: Engine) -> None:
+        """A turn failed by this engine's fault."""
+        if engine.breaker.failed(self._clock.monotonic()):
             log.warning(
                 "engine %s failed %d times in a row: no turns until it answers", engine.key, engine.breaker.failures,
                 extra={"action": "breaker_opened", "engine": engine.key},
@@ -95,14 +95,21 @@ class Registry:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            try:
-                rows, online = await store.ready_engines()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-                log.warning("nodes can't be read: %s", error, extra={"action": "nodes_unreadable"})
+            if not await self.reload(store):
                 await asyncio.sleep(RELOAD_RETRY_S)
                 self._wake.set()
-                continue
-            self.apply(rows, online)
+
+    async def reload(self, store: NodeStore) -> bool:
+        """Read the nodes now; False, and the old picture, if PostgreSQL does not answer."""
+        try:
+            rows, online = await store.ready_engines()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            log.warning(
+                "nodes can't be read: %s", error or type(error).__name__, extra={"action": "nodes_unreadable"}
+            )
+            return False
+        self.apply(rows, online)
+        return True
 
     async def run_probes(self, probe: Probe) -> None:
         """Ask engines with an open breaker whether they live, each once at a time, until cancelled."""

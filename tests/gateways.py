@@ -110,5 +110,6 @@ async def running_gateway(
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
             yield TestGateway(gateway, url, pool, http, account.id, key, row, records)
     finally:
-        await gateway.stop()
+        if not gateway.health.is_draining:
+            await gateway.stop()
         sock.close()

@@ -33,6 +33,7 @@ create table usage_default partition of usage default;  -- a turn whose day has 
 create table usage_quarantine (
     id     bigint generated always as identity primary key,
     at     timestamptz not null default clock_timestamp(),
+    turn_id text not null unique,                        -- a batch that comes again brings it again
     reason text not null,
     record text not null                                -- JSON as text: it may hold what jsonb refuses
 );

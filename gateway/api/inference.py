@@ -1,14 +1,17 @@
 """What every inference route does: check the key, read the body, make an Ask of it, run the turn."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.api.credentials import authenticate
-from gateway.api.services import LIFECYCLE, REQUEST_ID, SETTINGS
-from gateway.errors import ApiError, BadRequest, BodyTooLarge
+from gateway.api.services import HEALTH, LIFECYCLE, REQUEST_ID, SETTINGS
+from gateway.errors import ApiError, BadRequest, BodyTooLarge, RequestTimeout
 from gateway.relay.downstream import ClientGone, HttpDownstream, Relayed
 from gateway.turn import Ask
 
@@ -22,7 +25,10 @@ async def infer(request: web.Request, ask_of: Callable[[bytes, web.Request], Ask
     """Run one turn for `request`; `ask_of` decodes its body."""
     principal = await authenticate(request, "inference")
     ask = ask_of(await read_body(request), request)
-    down = HttpDownstream(request)
+    app = request.app
+    down = HttpDownstream(
+        request, stall_s=app[SETTINGS].client_stall_s, keeps_alive=not app[HEALTH].is_draining
+    )
     try:
         await request.app[LIFECYCLE].run(ask, principal, request[REQUEST_ID], down)
     except ClientGone:
@@ -40,20 +46,34 @@ async def infer(request: web.Request, ask_of: Callable[[bytes, web.Request], Ask
     return Relayed(down, whole=True)
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The whole body, at most `body_bytes_max`; a length that says more is refused before it is read."""
-    limit = request.app[SETTINGS].body_bytes_max
-    too_large = f"The request body is too large: at most {limit} bytes."
+async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes:
+    """The whole body, at most `bytes_max` (the setting `body_bytes_max`), within `body_timeout_s`.
+
+    Counted as it comes, so a body without a length is bounded as well; a length that says more is refused unread.
+    """
+    settings = request.app[SETTINGS]
+    limit = bytes_max or settings.body_bytes_max
+    too_large = BodyTooLarge(f"The request body is too large: at most {limit} bytes.")
     if request.content_length is not None and request.content_length > limit:
-        raise BodyTooLarge(too_large)
+        raise too_large
     if request.content_type not in JSON_TYPES:
         raise BadRequest(
             "Send the body as 'Content-Type: application/json'.", code="unsupported_content_type"
         )
+    if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        raise BadRequest("Send the body without Content-Encoding.", code="unsupported_content_encoding")
+    body = bytearray()
     try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLarge(too_large) from None
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for piece in request.content.iter_any():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise RequestTimeout from None
+    except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
+        raise BadRequest("The request body is not what its headers say.") from None
+    return bytes(body)
 
 
 def stream_options(body: dict[str, Any]) -> tuple[bool, bool]:

@@ -7,6 +7,7 @@ transport's limit, because the lifecycle pauses the engine when `is_full`.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
@@ -57,7 +58,7 @@ class Downstream(Protocol):
         """Send a whole answer at once."""
         ...
 
-    async def drained(self, timeout_s: float) -> None:
+    async def drained(self) -> None:
         """Wait until a slow client has read what waits for it. Raises ClientGone."""
         ...
 
@@ -65,15 +66,16 @@ class Downstream(Protocol):
 class HttpDownstream:
     """Downstream over the transport of an aiohttp request."""
 
-    __slots__ = ("_chunked", "_is_http_11", "_protocol", "_request", "_transport", "is_started", "keep_alive")
+    __slots__ = ("_chunked", "_is_http_11", "_protocol", "_transport", "is_started", "keep_alive", "stall_s")
 
-    def __init__(self, request: web.Request) -> None:
-        self._request = request
+    def __init__(self, request: web.Request, *, stall_s: float, keeps_alive: bool = True) -> None:
+        """`stall_s`: a client that reads nothing for this long is taken as gone."""
+        self.stall_s = stall_s
         self._protocol = request.protocol
         self._transport: Any = request.transport
         self._is_http_11 = request.version >= (1, 1)
         self._chunked = False
-        self.keep_alive = request.keep_alive
+        self.keep_alive = request.keep_alive and keeps_alive
         self.is_started = False
 
     @property
@@ -106,20 +108,26 @@ class HttpDownstream:
         self.is_started = True
         self._send(self._head(status, {**headers, "content-length": str(len(body))}) + body)
 
-    async def drained(self, timeout_s: float) -> None:
-        writable = asyncio.get_running_loop().create_future()
+    async def drained(self) -> None:
         protocol = self._protocol
         assert isinstance(protocol, ClientProtocol)
-        protocol.when_writable(lambda: None if writable.done() else writable.set_result(None))
+        left = self._transport.get_write_buffer_size()
+        writable = asyncio.Event()
+        protocol.when_writable(writable.set)
         try:
-            if self.is_full and not self.is_gone:
-                async with asyncio.timeout(timeout_s):
-                    await writable
-        except TimeoutError:
-            self._transport.abort()
-            raise ClientGone("the client reads nothing") from None
+            while self.is_full and not self.is_gone:
+                try:
+                    async with asyncio.timeout(self.stall_s):
+                        await writable.wait()
+                except TimeoutError:
+                    before, left = left, self._transport.get_write_buffer_size()
+                    if left >= before:
+                        self._transport.abort()
+                        raise ClientGone("the client reads nothing") from None
         finally:
             protocol.when_writable(None)
+        if self.is_gone:
+            raise ClientGone("the client left")
 
     def _send(self, data: bytes) -> None:
         if not self.is_gone:
@@ -140,6 +148,7 @@ class Relayed(web.StreamResponse):
 
     def __init__(self, down: HttpDownstream, *, whole: bool) -> None:
         super().__init__()
+        self._down = down
         self._relayed_keep_alive = down.keep_alive and whole
 
     @property
@@ -150,7 +159,10 @@ class Relayed(web.StreamResponse):
         """Nothing to send."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing to send."""
+        """Nothing to send, but the connection's next request waits until this answer was read."""
+        if self._down.is_full:
+            with suppress(ClientGone):
+                await self._down.drained()
 
 
 BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Response]
@@ -188,6 +200,14 @@ class ClientProtocol(web.RequestHandler):
         super().connection_lost(exc)
         if self._on_writable is not None:
             self._on_writable()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """What aiohttp refuses before any handler is asked, as an unknown `Expect`, gets our shape too."""
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            resp = self._on_bad_request(resp.status, resp, None)
+        return await super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,

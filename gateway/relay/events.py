@@ -55,6 +55,19 @@ def error_body(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": "the engine sent an error", "code": 500}
 
 
+def tokens_of(usage: object) -> Tokens | None:
+    """The counts of a decoded `usage` object in whatever order and spelling; None where there are none."""
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
+    counts = [count or 0 for count in (prompt, cached, completion)]
+    if not all(isinstance(count, int) and 0 <= count < 2**53 for count in counts):
+        return None
+    return Tokens(counts[0], counts[1], counts[2])
+
+
 def usage_tokens(match: "re.Match[bytes]") -> Tokens:
     """The counts that USAGE found."""
     cached = CACHED.search(match[3])

@@ -5,16 +5,19 @@ fault and ClientGone for what is the client's; nobody is charged here.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import error_of, first_event
-from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent
+from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent, too_long
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
 from gateway.relay.upstream import UpstreamConnection
+
+log = logging.getLogger("poolgate.relay")
 
 ERROR_BODY_MAX = 65536
 """Bytes of an engine's error answer that are read; vLLM's are below 1 KiB."""
@@ -37,7 +40,8 @@ class Delivery:
 async def stream(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
     """Relay one stream to its end, all but the terminal bytes, which the tap keeps until the turn is settled."""
     await _first_event(connection, delivery, settings)
-    delivery.on_first()
+    if not delivery.tap.is_done:
+        delivery.on_first()
     _open(connection, delivery, settings.event_bytes_max)
     await _flow(connection, delivery, settings)
     tap = delivery.tap
@@ -53,6 +57,7 @@ async def _first_event(connection: UpstreamConnection, delivery: Delivery, setti
     give_up_s = loop.time() + settings.first_byte_timeout_s
     if delivery.ends_at_s is not None:
         give_up_s = min(give_up_s, delivery.ends_at_s)
+    comment_at_s = loop.time() + settings.keepalive_comment_s
     while (event := first_event(connection.peek())) is None:
         if connection.status >= 300:
             raise fault_of_answer(connection.status, await _error_body(connection, settings))
@@ -65,10 +70,11 @@ async def _first_event(connection: UpstreamConnection, delivery: Delivery, setti
             if _timed_out(delivery):
                 return
             raise silent("no first event within first_byte_timeout_s")
-        wait_s = min(settings.keepalive_comment_s, give_up_s - now_s)
-        await connection.changed(wait_s)
-        if loop.time() - now_s >= settings.keepalive_comment_s and not delivery.gathered:
-            _say_waiting(delivery)
+        if now_s >= comment_at_s:  # whatever the engine says meanwhile: its own comments go no further
+            comment_at_s = now_s + settings.keepalive_comment_s
+            if not delivery.gathered:
+                _say_waiting(delivery)
+        await connection.changed(min(comment_at_s, give_up_s) - now_s)
     if connection.status >= 300:
         raise fault_of_answer(connection.status, await _error_body(connection, settings))
     if (error := error_of(event)) is not None:
@@ -99,7 +105,11 @@ def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: i
             connection.poke()
 
     connection.attach(pass_on)
-    pass_on(connection.take())
+    try:
+        pass_on(connection.take())
+    except Exception as error:  # as the connection guards what comes later: the engine's bytes make no sense
+        log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
+        raise broken("the engine's answer could not be relayed") from error
 
 
 async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
@@ -112,7 +122,7 @@ async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Se
         if down.is_gone and not delivery.gathered:
             raise ClientGone
         if down.is_full and not delivery.gathered:
-            await down.drained(settings.client_stall_s)
+            await down.drained()
             connection.resume()
             continue
         now_s = loop.time()
@@ -143,7 +153,7 @@ async def whole(connection: UpstreamConnection, settings: Settings) -> bytes:
             raise broken("the engine's answer is larger than answer_bytes_max")
         left_s = gives_up_s - loop.time()
         if left_s <= 0:
-            raise silent("no whole answer within answer_timeout_s")
+            raise too_long()
         await connection.changed(left_s)
     if connection.failure is not None:
         raise broken(str(connection.failure))

@@ -27,8 +27,12 @@ FULL_RETRY_AFTER_S = 1
 class EngineFault(Exception):
     """An attempt on one engine failed. `may_retry`: another engine may do better; `is_broken`: the breaker counts it."""
 
-    def __init__(self, error: ApiError, *, may_retry: bool, is_broken: bool, cause: str) -> None:
+    def __init__(
+        self, error: ApiError, *, may_retry: bool, is_broken: bool, cause: str, is_certain: bool = False
+    ) -> None:
+        """`is_certain`: no request can have caused it (the engine could not even be reached)."""
         self.error = error
+        self.is_certain = is_certain
         self.may_retry = may_retry
         self.is_broken = is_broken
         self.cause = cause
@@ -45,9 +49,16 @@ def silent(cause: str) -> EngineFault:
     return EngineFault(EngineTimeout(), may_retry=True, is_broken=True, cause=cause)
 
 
+def too_long() -> EngineFault:
+    """A whole answer takes longer than it may: it would on any engine, and it says nothing against this one."""
+    cause = "no whole answer within answer_timeout_s"
+    return EngineFault(EngineTimeout(), may_retry=False, is_broken=False, cause=cause)
+
+
 def unreachable(cause: str) -> EngineFault:
     """No connection to the engine: to the client there is no node."""
-    return EngineFault(NoNodeAvailable(retry_after_s=2), may_retry=True, is_broken=True, cause=cause)
+    error = NoNodeAvailable(retry_after_s=2)
+    return EngineFault(error, may_retry=True, is_broken=True, cause=cause, is_certain=True)
 
 
 def fault_of_answer(status: int, body: bytes) -> EngineFault:
@@ -58,6 +69,24 @@ def fault_of_answer(status: int, body: bytes) -> EngineFault:
         decoded = None
     error = decoded.get("error") if isinstance(decoded, dict) else None
     return fault_of_error(status, error if isinstance(error, dict) else {})
+
+
+ANSWER_FIELDS = ("choices", "data", "output")
+"""One of these is in every good answer: chat and completions, embeddings, responses."""
+
+
+def check_answer(body: bytes) -> None:
+    """A 200 is believed only with an answer in it; raises the EngineFault that it is otherwise."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise broken("the engine's answer is not JSON") from None
+    if not isinstance(answer, dict):
+        raise broken("the engine's answer is no object")
+    if isinstance(error := answer.get("error"), dict):
+        raise fault_of_event(error)
+    if not any(isinstance(answer.get(name), list) for name in ANSWER_FIELDS):
+        raise broken("the engine's answer holds no answer")
 
 
 def fault_of_event(error: dict[str, Any]) -> EngineFault:

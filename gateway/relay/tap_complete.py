@@ -69,6 +69,14 @@ class CompleteTap:
         self._text.append(text)
         return b"data: " + orjson.dumps({"text": text, "index": choice.get("index", 0)}) + b"\n\n"
 
+    @property
+    def timed_out(self) -> bool:
+        """It was ended by its time limit."""
+        return self._finish == "timeout"
+
+    def final_tokens(self) -> Tokens:
+        return self._chat.final_tokens()
+
     def ending(self, cost_minor: int) -> bytes:
         final = {
             "finish_reason": self.finish_reason,

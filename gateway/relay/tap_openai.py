@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from gateway.relay.events import ERROR, USAGE, Tokens, error_body, usage_tokens
+from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
@@ -21,8 +21,8 @@ class OpenAITap:
     """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
 
     __slots__ = (
-        "_asked", "_choices", "_has_last_word", "_per_choice", "_prompts", "_tail", "_terminal", "_wants_every",
-        "_wants_usage", "error", "finishes", "is_done", "tokens",
+        "_asked", "_choices", "_has_counts", "_has_last_word", "_per_choice", "_prompts", "_tail", "_terminal",
+        "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +46,7 @@ class OpenAITap:
         self._choices = choices
         self._prompts = prompts
         self._per_choice: dict[int, tuple[int, int]] = {}
+        self._has_counts = False
         self._has_last_word = False
         self._tail = b""
         self._terminal = b""
@@ -84,9 +85,11 @@ class OpenAITap:
                 self._terminal += event + b"\n\n"
                 self.is_done = True
                 break
-            if _NO_CHOICES in event and (match := USAGE.search(event)) is not None:
-                self.tokens = usage_tokens(match)
-                self._has_last_word = True
+            if _NO_CHOICES in event and b'"usage":' in event:
+                match = USAGE.search(event)
+                tokens = usage_tokens(match) if match else tokens_of(orjson.loads(event[6:]).get("usage"))
+                self.tokens = tokens or self.tokens
+                self._has_last_word = self._has_counts = tokens is not None
                 if self._wants_usage:
                     self._terminal += event + b"\n\n"
             elif event:
@@ -96,15 +99,31 @@ class OpenAITap:
     def _count(self, whole: bytes) -> bytes:
         """Keep the counts that these events carry, and take them out unless the client wants them."""
         at = whole.rfind(b',"usage":{')
-        if not self._has_last_word:
-            if at < 0:
+        if at < 0 or self._has_last_word:
+            if not self._has_counts:
                 self._estimate(whole)
-            elif self._choices > 1:
+        elif (match := USAGE.match(whole, at)) is None:
+            return b"".join(map(self._count_oddly, whole.split(b"\n\n")))
+        else:
+            self._has_counts = True
+            if self._choices > 1:
                 self._count_each(whole)
-            elif (match := USAGE.match(whole, at)) is not None:
+            else:
                 self.tokens.prompt = int(match[1])
                 self.tokens.completion = int(match[2] or 0)
         return whole if at < 0 or self._wants_every else USAGE.sub(b"", whole)
+
+    def _count_oddly(self, event: bytes) -> bytes:
+        """Usage that is not written as vLLM writes it: the event is decoded."""
+        if not event.startswith(b"data: {"):
+            return event + b"\n\n" if event else b""
+        data = orjson.loads(event[6:])
+        tokens = tokens_of(data.get("usage"))
+        if tokens is not None:
+            self.tokens, self._has_counts = tokens, True
+        if not self._wants_every:
+            data.pop("usage", None)
+        return b"data: " + orjson.dumps(data) + b"\n\n"
 
     def _count_each(self, whole: bytes) -> None:
         """With several answers in one stream each event counts its own choice only (vLLM); a prompt counts once."""
@@ -120,11 +139,14 @@ class OpenAITap:
     def _estimate(self, whole: bytes) -> None:
         """An engine that reports nothing as it goes: count its text, until it has the last word itself."""
         for event in whole.split(b"\n\n"):
-            if not event.startswith(b"data: {"):
-                continue
-            if not self.tokens.estimated:
-                self.tokens = Tokens(prompt=count_prompt(self._asked), estimated=True)
-            self.tokens.completion += sum(map(count_tokens, _texts(event[6:])))
+            if event.startswith(b"data: {"):
+                self.tokens.estimated = True
+                self.tokens.completion += sum(map(count_tokens, _texts(event[6:])))
+
+    def final_tokens(self) -> Tokens:
+        if self.tokens.estimated and not self.tokens.prompt:
+            self.tokens.prompt = count_prompt(self._asked)
+        return self.tokens
 
     def ending(self, cost_minor: int) -> bytes:
         terminal = self._terminal if self.is_done else self._terminal + _DONE + b"\n\n"

@@ -9,7 +9,8 @@ from gateway.relay.events import ERROR, Tokens, error_body, responses_tokens
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _DELTA = re.compile(rb'"delta":("(?:[^"\\]|\\.)*")')
-_ENDS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+_ENDS = (b"event: response.completed", b"event: response.incomplete")
+_FAILURES = (ERROR, b"event: error", b"event: response.failed")
 
 
 class ResponsesTap:
@@ -44,7 +45,7 @@ class ResponsesTap:
         *events, self._tail = (self._tail + data).split(b"\n\n")
         out = []
         for event in events:
-            if event.startswith((ERROR, b"event: error")):
+            if event.startswith(_FAILURES):
                 self.error = error_body(event[event.find(b"{") :])
                 break
             if event.startswith(_ENDS):
@@ -62,11 +63,15 @@ class ResponsesTap:
     def _estimate(self, event: bytes) -> None:
         if event.startswith(b":"):
             return
-        if not self.tokens.estimated:
-            self.tokens = Tokens(prompt=count_prompt(self._asked), estimated=True)
+        self.tokens.estimated = True
         delta = _DELTA.search(event)
         if delta is not None:
             self.tokens.completion += count_tokens(orjson.loads(delta[1]))
+
+    def final_tokens(self) -> Tokens:
+        if self.tokens.estimated and not self.tokens.prompt:
+            self.tokens.prompt = count_prompt(self._asked)
+        return self.tokens
 
     def ending(self, cost_minor: int) -> bytes:
         return self._terminal

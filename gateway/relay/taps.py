@@ -24,6 +24,10 @@ class Tap(Protocol):
         """Every answer was finished: what the client got is the whole answer."""
         ...
 
+    def final_tokens(self) -> Tokens:
+        """What was delivered, for settlement. A prompt that no engine counted is estimated here, and only here."""
+        ...
+
     def ending(self, cost_minor: int) -> bytes:
         """The terminal bytes, sent after the turn was settled."""
         ...

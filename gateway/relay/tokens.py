@@ -25,13 +25,19 @@ def count_tokens(text: str) -> int:
     return sum(len(_encoding().encode_ordinary(piece)) for piece in pieces)
 
 
+NO_TEXT = frozenset({"role", "type", "id", "tool_call_id", "call_id", "detail", "status"})
+"""Fields of messages that name things; a chat template spends a token or two on some of them."""
+
+
 def count_prompt(value: Any) -> int:
-    """Tokens of every string in a decoded `messages`, `prompt` or `input`; lists of token ids count one each."""
+    """Tokens of every text in a decoded `messages`, `prompt` or `input`; lists of token ids count one each, media none."""
     if isinstance(value, str):
-        return count_tokens(value)
+        return 0 if value.startswith("data:") else count_tokens(value)
     if isinstance(value, bool) or value is None:
         return 0
     if isinstance(value, int | float):
         return 1
-    children = value.values() if isinstance(value, dict) else value
+    children = (
+        [child for name, child in value.items() if name not in NO_TEXT] if isinstance(value, dict) else value
+    )
     return sum(count_prompt(child) for child in children)

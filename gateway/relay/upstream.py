@@ -35,7 +35,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_lingers", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed",
+        "_keeps_alive", "_linger", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed",
         "complete", "failure", "headers", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.turns = 0
         self._parser = httptools.HttpResponseParser(self)
         self._keeps_alive = False
-        self._lingers = False
+        self._linger: asyncio.TimerHandle | None = None
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
@@ -141,11 +141,10 @@ class UpstreamConnection(asyncio.Protocol):
         elif self.complete:
             self._go_idle()
         else:
-            self._lingers = True
-            self._loop.call_later(LINGER_S, self._end_linger)
+            self._linger = self._loop.call_later(LINGER_S, self.close)
 
     def _go_idle(self) -> None:
-        self._lingers = False
+        self._end_linger()
         self.parts.clear()
         self.buffered = 0
         if self._keeps_alive and self._pool is not None:
@@ -154,14 +153,15 @@ class UpstreamConnection(asyncio.Protocol):
             self.close()
 
     def _end_linger(self) -> None:
-        if self._lingers:
-            self.close()
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
 
     def close(self) -> None:
         """Close at once, unsent bytes and all. This is how an engine learns that its work is not wanted: vLLM aborts
         within 65 ms."""
         self._sink = None
-        self._lingers = False
+        self._end_linger()
         if not self.closed:
             self.closed = True
             if self.transport is not None:
@@ -233,7 +233,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.status >= 200:
             self.complete = True
             self._keeps_alive = self._parser.should_keep_alive()
-            if self._lingers:
+            if self._linger is not None:
                 self._go_idle()
             else:
                 self.poke()

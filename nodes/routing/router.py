@@ -67,7 +67,7 @@ def is_roomy(engine: Engine, need: Need) -> bool:
 def is_fit(engine: Engine, need: Need, turns_max: int) -> bool:
     """Breaker closed, room for a turn, right kind of model, not tried yet, and the pinned provider's if one is pinned."""
     return (
-        not engine.breaker.is_open
+        engine.breaker.admits
         and engine.load.turns < turns_max
         and engine.models[need.model].kind == need.kind
         and engine not in need.tried

@@ -7,6 +7,7 @@ in flight on them do.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from nodes.breaker import Breaker
 
@@ -22,6 +23,12 @@ class Model:
     context_length: int
     kind: str = "generate"
     parent: str | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Model":
+        """From a stored row, which a newer version may have written with more fields."""
+        known = {name: fields[name] for name in ("id", "context_length", "kind", "parent") if name in fields}
+        return cls(**known)
 
 
 @dataclass(slots=True)
@@ -58,6 +65,12 @@ class Engine:
     breaker: Breaker
     incarnation: int = 0
     load: Load = field(default_factory=Load)
+
+    @property
+    def authority(self) -> str:
+        """`host:port` as in a URL: an IPv6 address stands in brackets."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
     def __repr__(self) -> str:
         state = "open" if self.breaker.is_open else "closed"

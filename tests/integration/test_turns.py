@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.gateways import MODEL, TestGateway, running_gateway
@@ -395,12 +396,13 @@ async def test_a_turn_with_nothing_sent_goes_to_another_engine(gw, engines, kind
     bad, good = await engines(), await engines()
     await gw.register(bad.url, good.url)
     await bad.fault(kind, after=-1, times=None, status=503)
-    for _ in range(6):
+    turns = 0
+    while not await bad.requests():  # which engine is asked first is chance
+        turns += 1
         async with await gw.post("/v1/chat/completions", body) as reply:
             assert reply.status == 200, await reply.text()
             await reply.read()
-    assert await bad.requests(), "the bad engine was never asked: this proves nothing"
-    assert len(await gw.settled(6)) == 6
+    assert len(await gw.settled(turns)) == turns
 
 
 async def test_a_4xx_is_never_tried_again_and_moves_no_breaker(gw, engines):
@@ -466,6 +468,139 @@ async def test_an_answer_larger_than_its_bound_is_refused(settings, pool, engine
         await engine.fault("huge", size_bytes=10**6)
         async with await gw.post("/v1/chat/completions", ASK) as reply:
             assert reply.status == 502
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [("hello", 502), ("[]", 502), ("{}", 502), ('{"choices":', 502)]
+    + [('{"error":{"message":"secret /root/models at 10.0.0.7","code":500}}', 502)],
+)
+async def test_a_200_without_an_answer_in_it_is_a_failure_that_costs_nothing(gw, answer, status):
+    async def answer_it(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(answer)}\r\n\r\n"
+        writer.write((head + answer).encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer_it, "127.0.0.1", 0)
+    async with server:
+        await gw.register(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        async with await gw.post("/v1/chat/completions", ASK) as reply:
+            text = await reply.text()
+    assert reply.status == status
+    assert "secret" not in text
+    assert (await gw.settled(1))[0].amount_nano == 0
+
+
+async def test_one_poisonous_request_does_not_take_a_whole_model_down(gw, engines):
+    pool_of = [await engines() for _ in range(3)]
+    await gw.register(*(engine.url for engine in pool_of))
+    for engine in pool_of:
+        await engine.fault("http_error", status=500, after=-1, times=None, contains="poison")
+    poison = ASK | {"messages": [{"role": "user", "content": "poison"}]}
+    for _ in range(2):
+        async with await gw.post("/v1/chat/completions", poison) as reply:
+            assert reply.status == 502
+    assert not any(engine.breaker.is_open for engine in gw.gateway.registry.snapshot.engines)
+
+
+async def test_an_answer_that_takes_too_long_is_not_tried_on_every_engine(settings, pool, engines):
+    first, second = await engines(ttft_ms=60_000), await engines(ttft_ms=60_000)
+    async with running_gateway(replace(settings, answer_timeout_s=1.0), pool) as gw:
+        await gw.register(first.url, second.url)
+        async with await gw.post("/v1/chat/completions", ASK) as reply:
+            assert reply.status == 504
+        assert len(await first.requests()) + len(await second.requests()) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/complete/stream"])
+async def test_a_mute_engine_is_not_praised_for_a_time_limit(settings, pool, engine, path):
+    async with running_gateway(replace(settings, complete_timeout_s=1.0), pool) as gw:
+        await gw.register(engine.url)
+        await engine.fault("stall", after=-1)
+        async with await gw.post(path, {"model": MODEL, "prompt": "Hello"}) as reply:
+            assert "timeout" in await reply.text()
+        record = (await gw.settled(1))[0]
+        assert (record.outcome, record.amount_nano) == ("timeout", 0)
+        assert gw.gateway.registry.snapshot.engines[0].breaker.failures == 1
+
+
+async def test_comments_of_the_engine_do_not_silence_ours(settings, pool, engines):
+    engine = await engines(ttft_ms=1500, sse_keep_alive_ms=50)
+    async with running_gateway(replace(settings, keepalive_comment_s=0.3), pool) as gw:
+        await gw.register(engine.url)
+        _, events = await stream(gw)
+        assert events[0] == ": keep-alive"
+        assert events[-1] == "[DONE]"
+
+
+# --- a gateway that stops ------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_that_outlives_the_grace_is_cut_told_and_charged(settings, pool, engines):
+    engine = await engines(pace_ms=20)
+    async with running_gateway(replace(settings, shutdown_grace_s=0.3), pool) as gw:
+        await gw.register(engine.url)
+        body = STREAM | {"max_tokens": 2000, "ignore_eos": True}
+        async with await gw.post("/v1/chat/completions", body) as reply:
+            raw = await read_events(reply, 5)
+            stopping = asyncio.create_task(gw.gateway.stop())
+            raw += await reply.read()
+            await stopping
+        assert events_of(raw)[-1]["error"]["code"] == "service_unavailable"
+        record = gw.records[0]
+        assert record.outcome == "cut"
+        assert record.completion_tokens > 0
+        assert await pool.fetchval("select completion_tokens from usage") == record.completion_tokens
+
+
+async def test_a_turn_cut_before_its_first_event_is_a_503(settings, pool, engines):
+    engine = await engines(ttft_ms=60_000)
+    async with running_gateway(replace(settings, shutdown_grace_s=0.2), pool) as gw:
+        await gw.register(engine.url)
+        asking = asyncio.create_task(gw.post("/v1/chat/completions", ASK))
+        await engine.until(lambda record: record["requests"])
+        await gw.gateway.stop()
+        assert (await asking).status == 503
+        assert gw.records[0].amount_nano == 0
+
+
+async def test_a_draining_gateway_takes_no_new_turns_on_old_connections(gw, engines):
+    engine = await engines(pace_ms=20)
+    await gw.register(engine.url)
+    async with await gw.post("/v1/chat/completions", ASK) as reply:
+        await reply.read()  # leaves an idle connection behind
+    async with await gw.post(
+        "/v1/chat/completions", STREAM | {"max_tokens": 50, "ignore_eos": True}
+    ) as reply:
+        await read_events(reply, 2)
+        stopping = asyncio.create_task(gw.gateway.stop())
+        await eventually(lambda: gw.gateway.health.is_draining)
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await gw.post("/v1/chat/completions", ASK)
+        assert events_of(await reply.read())[-1] == "[DONE]"
+        await stopping
+
+
+async def test_a_whole_answer_that_nobody_reads_is_bounded_too(settings, pool, engine):
+    async with running_gateway(replace(settings, client_stall_s=0.5), pool) as gw:
+        await gw.register(engine.url)
+        await engine.fault("huge", size_bytes=30 * 10**6, times=None)
+        host, port = gw.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, port, limit=2**16)
+        body = json.dumps(ASK).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {gw.key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        ).encode()
+        for _ in range(5):
+            writer.write(head + body)
+        await gw.settled(1)
+        manager = gw.gateway._runner.server
+        await eventually(lambda: not manager.connections)
+        assert len(gw.records) == 1, "the second request must wait until the first answer was read"
+        writer.close()
 
 
 # --- who may --------------------------------------------------------------------------------------------------------

@@ -122,19 +122,59 @@ def test_years_of_failing_do_not_overflow(breaker):
 def test_whatever_happens_it_opens_only_by_failures_and_closes_only_by_probes_or_reset(steps):
     breaker, now_s, in_a_row = Breaker(SETTINGS), 0.0, 0
     for step in steps:
-        was_open, now_s = breaker.is_open, now_s + 1.0
+        was_open, was_trial, now_s = breaker.is_open, breaker.is_trial, now_s + 1.0
         if step.startswith("probe") and not breaker.is_open:
             continue  # the registry probes open ones only
         _take(breaker, step, now_s)
         in_a_row = in_a_row + 1 if step == "fail" else 0 if step in ("good", "reset") else in_a_row
         if breaker.is_open and not was_open:
             assert step == "fail"
-            assert in_a_row >= SETTINGS.breaker_failures
+            assert was_trial or in_a_row >= SETTINGS.breaker_failures
         if was_open and not breaker.is_open:
             assert step in ("probe good", "reset")
             in_a_row = 0
         if breaker.is_open:
             assert breaker.probe_at_s <= now_s + SETTINGS.breaker_open_max_s
+
+
+def breaker_after_probes() -> Breaker:
+    breaker = Breaker(SETTINGS)
+    for _ in range(SETTINGS.breaker_failures):
+        breaker.failed(1.0)
+    for _ in range(SETTINGS.breaker_successes):
+        breaker.probed(True, 2.0)
+    assert not breaker.is_open
+    return breaker
+
+
+def test_after_probes_one_turn_at_a_time_is_admitted_until_one_went_well():
+    breaker = breaker_after_probes()
+    assert breaker.admits
+    breaker.began()
+    assert not breaker.admits
+    breaker.ended()
+    assert breaker.admits
+    breaker.began()
+    breaker.succeeded(begun_s=3.0)
+    breaker.ended()
+    breaker.began()
+    assert breaker.admits
+
+
+def test_a_failed_trial_opens_it_at_once():
+    breaker = breaker_after_probes()
+    breaker.began()
+    assert breaker.failed(3.0)
+    assert breaker.is_open
+
+
+def test_a_turn_from_before_the_last_failure_says_nothing_of_now():
+    breaker = Breaker(SETTINGS)
+    breaker.failed(10.0)
+    breaker.succeeded(begun_s=5.0)
+    assert breaker.failures == 1
+    breaker.succeeded(begun_s=11.0)
+    assert breaker.failures == 0
 
 
 def _take(breaker: Breaker, step: str, now_s: float) -> None:

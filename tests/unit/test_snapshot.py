@@ -54,7 +54,7 @@ def test_an_engine_keeps_its_load_and_breaker_from_one_snapshot_to_the_next(regi
     registry.apply([row()], 1)
     engine = registry.engine("n1/e0")
     engine.load.turns = 7
-    registry.engine_answered(engine, True)
+    registry.engine_failed(engine)
     before = registry.snapshot
     registry.apply([row(models={"m": 4096, "new": 1})], 1)
     assert registry.engine("n1/e0") is engine
@@ -69,7 +69,7 @@ def test_an_engine_that_was_started_anew_has_a_closed_breaker(registry, change):
     registry.apply([row()], 1)
     engine = registry.engine("n1/e0")
     for _ in range(2):
-        registry.engine_answered(engine, True)
+        registry.engine_failed(engine)
     assert engine.breaker.is_open
     registry.apply([row()], 1)
     assert engine.breaker.is_open, "nothing changed"
@@ -105,14 +105,6 @@ def test_an_engine_outside_of_the_networks_is_left_out_and_the_others_stay(regis
         registry.apply([row("good"), row("bad", url="http://192.0.2.1:9001")], 1)
     assert [engine.engine_id for engine in registry.snapshot.engines] == ["good"]
     assert [record.action for record in caplog.records] == ["engine_refused"]
-
-
-def test_a_4xx_or_a_503_does_not_move_a_breaker(registry):
-    registry.apply([row()], 1)
-    engine = registry.engine("n1/e0")
-    for _ in range(10):
-        registry.engine_answered(engine, False)
-    assert (engine.breaker.failures, engine.breaker.is_open) == (0, False)
 
 
 @pytest.mark.parametrize(

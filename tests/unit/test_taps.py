@@ -280,7 +280,7 @@ def test_an_engine_that_reports_nothing_is_estimated_event_by_event():
     tap = openai()
     for _ in range(3):
         tap.feed(event("Paris is the capital."))
-    assert tap.tokens == Tokens(
+    assert tap.final_tokens() == Tokens(
         prompt=count_prompt(ASKED), completion=3 * count_tokens("Paris is the capital."), estimated=True
     )
 
@@ -428,3 +428,25 @@ def test_text_in_an_answer_is_never_taken_for_usage():
 
 def test_cost_is_the_last_field():
     assert orjson.loads(add_cost(b'{"a":{"b":1}}\n', 5)) == {"a": {"b": 1}, "cost_halala": 5}
+
+
+def test_counts_once_known_are_never_replaced_by_an_estimate():
+    tap = openai()
+    tap.feed(event("Paris", usage=(900, 400)))
+    tap.feed(event(" is"))
+    assert tap.final_tokens() == Tokens(prompt=900, completion=400)
+
+
+def test_usage_in_another_spelling_is_counted_and_stripped_all_the_same():
+    tap = openai()
+    usage = {"completion_tokens": 4, "prompt_tokens": 7, "total_tokens": 11, "speed": 1.5}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": usage}
+    out = tap.feed(b"data: " + orjson.dumps(chunk) + b"\n\n")
+    assert b"usage" not in out
+    assert tap.final_tokens() == Tokens(prompt=7, completion=4)
+
+
+def test_media_and_names_are_no_prompt_text():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    words = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    assert count_prompt(words) == count_tokens("What is this?")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import asyncpg
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +16,8 @@ from gateway.api.inference import read_body
 from gateway.api.routes import Routes
 from gateway.api.services import ACCOUNTS, LOAD, NETWORKS, NODES, SETTINGS
 from gateway.api.system.answers import json_answer
-from gateway.errors import BadRequest, BodyTooLarge, Forbidden
+from gateway.errors import BadRequest, Forbidden, Unavailable
+from gateway.identity.keyring import Principal
 from nodes.heartbeats import EngineUrlRefused, NodeOfAnother
 from nodes.protocol import BadMessage, Heartbeat, HeartbeatReply
 
@@ -25,6 +27,8 @@ routes = Routes(surface="plain", tag="Providers")
 
 HEARTBEAT_BYTES_MAX = 2**20
 """A node with 64 engines of hundreds of adapters each stays below half of this."""
+
+AWAY = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 NODE_OF_KEY = uuid.UUID("6f1d1c0e-6f0a-4d0c-9a57-0f3c5a3a7f10")
 """Namespace of node ids for agents that name none: then a provider has one node."""
@@ -74,10 +78,18 @@ class HeartbeatAnswer(BaseModel):
 )  # fmt: skip
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
-    if request.content_length is not None and request.content_length > HEARTBEAT_BYTES_MAX:
-        raise BodyTooLarge(f"A heartbeat may have {HEARTBEAT_BYTES_MAX} bytes.")
-    beat = _decode(await read_body(request), presented_key(request))
+    beat = _decode(await read_body(request, HEARTBEAT_BYTES_MAX), presented_key(request))
     principal = await principal_of(request, beat.api_key, "node")
+    try:
+        reply = await _record(request, beat, principal)
+    except AWAY:
+        raise Unavailable(
+            "Heartbeats can't be taken right now. Try again shortly.", retry_after_s=2
+        ) from None
+    return json_answer(reply.to_json())
+
+
+async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -> HeartbeatReply:
     account = await request.app[ACCOUNTS].show(principal.account_id)
     if account.approval_status != "approved":
         raise Forbidden("Provider not approved yet.")
@@ -95,7 +107,7 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
     await request.app[LOAD].report(loads)
     settings = request.app[SETTINGS]
-    reply = HeartbeatReply(
+    return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         approval_status=account.approval_status,
         node_id=beat.node_id,
@@ -103,7 +115,6 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         lease_s=settings.heartbeat_grace_s,
         heartbeat_interval_s=settings.heartbeat_interval_s,
     )
-    return json_answer(reply.to_json())
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:
