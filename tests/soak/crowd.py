@@ -45,13 +45,14 @@ class Crowd:
             assert answer.events == TOKENS + 1, answer
 
     def told(self) -> str:
-        """What was seen, and the rarest failures, for people."""
-        rarest = sorted(self.failures, key=lambda failure: self.verdicts[failure[1].verdict])
-        return f"{dict(self.verdicts)}\n" + "\n".join(
+        """What was seen, and one failure of each kind, for people."""
+        kinds = {
             f"{'stream' if wants_stream else 'whole'} {answer.verdict} {answer.status} after"
-            f" {answer.seconds:.2f} s, {answer.events} events: {answer.body[-200:]!r}"
-            for wants_stream, answer in rarest[:5]
-        )
+            f" {answer.seconds:.2f} s, {answer.events} events: {answer.body[-200:]!r}": answer.verdict
+            for wants_stream, answer in self.failures
+        }
+        shown = {verdict: words for words, verdict in kinds.items()}
+        return "\n".join((str(dict(self.verdicts)), *shown.values()))
 
 
 @asynccontextmanager

@@ -30,7 +30,8 @@ GROWTH_BYTES_MAX = 2**20
 READ_MB_MAX = 4.0
 """A minute of the stores' answers and of heartbeats; the engine would send that in milliseconds."""
 
-STILL_BYTES = 200_000
+STILL_BYTES = 100_000
+QUIET_SAMPLES = 3
 SAMPLE_S = 0.25
 
 
@@ -126,10 +127,12 @@ def _read(worker: psutil.Process) -> int:
 
 async def _until_still(worker: psutil.Process) -> None:
     """Return when the worker reads no more than it does when idle: every buffer on the way is full."""
-    before = -STILL_BYTES
-    while (now := _read(worker)) - before >= STILL_BYTES:
-        before = now
+    quiet, before = 0, _read(worker)
+    while quiet < QUIET_SAMPLES:
         await asyncio.sleep(SAMPLE_S)
+        now = _read(worker)
+        quiet = quiet + 1 if now - before < STILL_BYTES else 0
+        before = now
 
 
 def _mb(size: float) -> float:
