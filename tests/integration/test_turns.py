@@ -471,11 +471,16 @@ async def test_an_answer_larger_than_its_bound_is_refused(settings, pool, engine
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"),
-    [("hello", 502), ("[]", 502), ("{}", 502), ('{"choices":', 502)]
-    + [('{"error":{"message":"secret /root/models at 10.0.0.7","code":500}}', 502)],
+    "answer",
+    [
+        "hello",
+        "[]",
+        "{}",
+        '{"choices":',
+        '{"error":{"message":"secret /root/models at 10.0.0.7","code":500}}',
+    ],
 )
-async def test_a_200_without_an_answer_in_it_is_a_failure_that_costs_nothing(gw, answer, status):
+async def test_a_200_without_an_answer_in_it_is_a_failure_that_costs_nothing(gw, answer):
     async def answer_it(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(answer)}\r\n\r\n"
@@ -488,7 +493,7 @@ async def test_a_200_without_an_answer_in_it_is_a_failure_that_costs_nothing(gw,
         await gw.register(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         async with await gw.post("/v1/chat/completions", ASK) as reply:
             text = await reply.text()
-    assert reply.status == status
+    assert reply.status == 502
     assert "secret" not in text
     assert (await gw.settled(1))[0].amount_nano == 0
 
