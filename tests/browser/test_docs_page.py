@@ -38,6 +38,12 @@ async def test_the_api_page_shows_every_operation_without_an_error(settings, poo
     async with running_gateway(settings, pool) as gw:
         page, console = await rendered(gw.url + "/api/docs/ui", tmp_path / "profile")
     shown = set(re.findall(r'data-path="([^"]+)"', page))
-    assert {"/v1/chat/completions", "/v1/complete/stream", "/v1/models/{model}", "/health", "/api/docs"} <= shown
+    assert {
+        "/v1/chat/completions",
+        "/v1/complete/stream",
+        "/v1/models/{model}",
+        "/health",
+        "/api/docs",
+    } <= shown
     assert "Refused to" not in console, "the page's own security policy must let it work"
     assert "Error" not in console, console
