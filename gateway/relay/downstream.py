@@ -66,12 +66,24 @@ class Downstream(Protocol):
 class HttpDownstream:
     """Downstream over the transport of an aiohttp request."""
 
-    __slots__ = ("_chunked", "_is_http_11", "_protocol", "_transport", "is_started", "keep_alive", "stall_s")
+    __slots__ = (
+        "_buffer_bytes",
+        "_chunked",
+        "_is_http_11",
+        "_protocol",
+        "_transport",
+        "is_started",
+        "keep_alive",
+        "stall_s",
+    )
 
     def __init__(self, request: web.Request, *, stall_s: float, keeps_alive: bool = True) -> None:
         """`stall_s`: a client that reads nothing for this long is taken as gone."""
         self.stall_s = stall_s
-        self._protocol = request.protocol
+        protocol = request.protocol
+        assert isinstance(protocol, ClientProtocol)
+        self._protocol = protocol
+        self._buffer_bytes = protocol.buffer_bytes
         self._transport: Any = request.transport
         self._is_http_11 = request.version >= (1, 1)
         self._chunked = False
@@ -84,7 +96,8 @@ class HttpDownstream:
 
     @property
     def is_full(self) -> bool:
-        return self._protocol.writing_paused
+        # Not `writing_paused`: uvloop says that at the end of a tick, in which an engine can send 8 MB.
+        return self._transport is not None and self._transport.get_write_buffer_size() > self._buffer_bytes
 
     def start(self, headers: Mapping[str, str]) -> None:
         self.is_started = True
@@ -110,12 +123,14 @@ class HttpDownstream:
 
     async def drained(self) -> None:
         protocol = self._protocol
-        assert isinstance(protocol, ClientProtocol)
+        await asyncio.sleep(
+            0
+        )  # to the end of this tick, when uvloop writes: most often the socket takes it all
         left = self._transport.get_write_buffer_size()
         writable = asyncio.Event()
         protocol.when_writable(writable.set)
         try:
-            while self.is_full and not self.is_gone:
+            while protocol.writing_paused and not self.is_gone:
                 try:
                     async with asyncio.timeout(self.stall_s):
                         await writable.wait()
@@ -171,21 +186,21 @@ BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Respon
 class ClientProtocol(web.RequestHandler):
     """aiohttp's connection, which also tells when a slow client reads again and renders errors in our shapes."""
 
-    __slots__ = ("_buffer_bytes", "_on_bad_request", "_on_writable")
+    __slots__ = ("_on_bad_request", "_on_writable", "buffer_bytes")
 
     def __init__(
         self, manager: Any, *, on_bad_request: BadRequestHandler, buffer_bytes: int, **options: Any
     ) -> None:
         """`buffer_bytes`: what may wait for a slow client before its engine is paused."""
         super().__init__(manager, **options)
-        self._buffer_bytes = buffer_bytes
+        self.buffer_bytes = buffer_bytes
         self._on_writable: Callable[[], None] | None = None
         self._on_bad_request = on_bad_request
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         # uvloop's transports are no subclasses of asyncio's.
-        cast("asyncio.WriteTransport", transport).set_write_buffer_limits(high=self._buffer_bytes)
+        cast("asyncio.WriteTransport", transport).set_write_buffer_limits(high=self.buffer_bytes)
 
     def when_writable(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client has read enough, or is gone."""

@@ -121,8 +121,9 @@ async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Se
             raise broken("an event of the engine is larger than event_bytes_max")
         if down.is_gone and not delivery.gathered:
             raise ClientGone
-        if down.is_full and not delivery.gathered:
-            await down.drained()
+        if connection.is_paused:
+            if not delivery.gathered:
+                await down.drained()
             connection.resume()
             continue
         now_s = loop.time()

@@ -19,6 +19,9 @@ log = logging.getLogger("poolgate.relay")
 
 Sink = Callable[[bytes], None]
 
+READ_AHEAD_BYTES = 65536
+"""What may come of a body before whoever waits for it looks: libuv reads up to 8 MB before it lets a task run."""
+
 LINGER_S = 1.0
 """How long a finished stream's connection may take to bring its last chunk before it is closed instead of kept."""
 
@@ -35,8 +38,8 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_linger", "_loop", "_parser", "_paused", "_pool", "_sink", "_waiter", "buffered", "closed",
-        "complete", "failure", "headers", "last_data_s", "parts", "status", "transport", "turns",
+        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_parser", "_pool", "_sink", "_waiter", "buffered",
+        "closed", "complete", "failure", "headers", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
@@ -44,12 +47,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool = pool
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
-        self._paused = False
+        self.is_paused = False
         self.transport: Any = None
         self.closed = False
         self.turns = 0
         self._parser = httptools.HttpResponseParser(self)
         self._keeps_alive = False
+        self._look_at_bytes = READ_AHEAD_BYTES
         self._linger: asyncio.TimerHandle | None = None
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -67,6 +71,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.headers = {}
         self.parts.clear()
         self.buffered = 0
+        self._look_at_bytes = READ_AHEAD_BYTES
         self.complete = False
         self.turns += 1
         self.last_data_s = self._loop.time()
@@ -86,6 +91,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Wait until headers, buffered bytes, the end or a failure arrives, or `poke` is called, or time is up."""
         if self.is_over:
             return
+        self._look_at_bytes = self.buffered + READ_AHEAD_BYTES
+        self.resume()
         waiter = self._waiter = self._loop.create_future()
         timer = self._loop.call_later(timeout_s, self.poke)
         try:
@@ -119,14 +126,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading the engine's socket: the kernel's window fills and the engine waits."""
-        if not self._paused and not self.closed:
-            self._paused = True
+        if not self.is_paused and not self.closed:
+            self.is_paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
         """Read again; silence is counted from now."""
-        if self._paused and not self.closed:
-            self._paused = False
+        if self.is_paused and not self.closed:
+            self.is_paused = False
             self.last_data_s = self._loop.time()
             self.transport.resume_reading()
 
@@ -136,7 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
         After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
         self._sink = None
-        if self.closed or self._paused or self.failure is not None or self._pool is None:
+        if self.closed or self.is_paused or self.failure is not None or self._pool is None:
             self.close()
         elif self.complete:
             self._go_idle()
@@ -227,11 +234,15 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.parts.append(body)
             self.buffered += len(body)
+            if self.buffered >= self._look_at_bytes:
+                self.pause()
             self.poke()
 
     def on_message_complete(self) -> None:
         if self.status >= 200:
             self.complete = True
+            if self._sink is None:
+                self.resume()
             self._keeps_alive = self._parser.should_keep_alive()
             if self._linger is not None:
                 self._go_idle()

@@ -37,7 +37,7 @@ class Size:
 
 
 SHORT = Size(clients=64, kills=1, turns=96)
-LONG = Size(clients=64, kills=5, turns=1000, waits_for_agent=True)
+LONG = Size(clients=64, kills=3, turns=700, waits_for_agent=True)
 
 
 async def engine_killed(
