@@ -20,6 +20,7 @@ from uuid import UUID
 import asyncpg
 
 from config.defaults import Settings
+from config.postgres import AWAY
 
 log = logging.getLogger("poolgate.usage")
 
@@ -31,9 +32,6 @@ CLOSE_S = 10.0
 
 REFUSED = (ValueError, TypeError, OverflowError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 """The record itself is at fault: it would be refused again for ever."""
-
-AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
-"""Anything else that PostgreSQL may say: the same records may be taken later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from config.defaults import Settings
+from config.postgres import AWAY
 from config.valkey import end_if_cancelled
 
 log = logging.getLogger("poolgate.changes")
@@ -40,8 +41,6 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 5.0
 
 QUIET_S = 15.0
 """After so long without a message the connection is tried: a host that vanished would never be noticed."""
-
-AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 # New is what the last poll's snapshot did not see. That is exact in whatever order ids and times become
 # visible, and however long a transaction stays open; the index finds it from the snapshot's oldest running

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import asyncpg
 
+AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+"""What a statement raises when PostgreSQL is gone, going or frozen. asyncpg calls a connection that dies amid one an
+internal error of its own."""
+
 SQL_FOLDER = Path(__file__).parent / "sql"
 APPLICATION_NAME = "poolgate"
 

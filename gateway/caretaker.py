@@ -12,6 +12,7 @@ import asyncpg
 from billing.retention import keep_partitions
 from config.changes import trim_changes
 from config.defaults import Settings
+from config.postgres import AWAY
 from nodes.heartbeats import NodeStore
 
 log = logging.getLogger("poolgate.caretaker")
@@ -20,8 +21,6 @@ LOCK = 0x706F6F6C_67617465  # "poolgate" in ASCII: any fixed number that is not 
 
 CHORES_S = 3600.0
 """How often partitions and the change log are looked at; partitions are made a week ahead."""
-
-AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 
 class Caretaker:

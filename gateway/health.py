@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from config.changes import ChangeFeed
 from config.defaults import Settings
+from config.postgres import AWAY
 from config.valkey import is_up
 from nodes.registry import Registry
 
@@ -83,7 +84,7 @@ class Health:
         try:
             async with asyncio.timeout(self._settings.database_timeout_s):
                 return await ask()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        except AWAY:
             return False
 
     async def _ask_database(self) -> bool:

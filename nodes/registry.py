@@ -8,10 +8,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
-import asyncpg
-
 from config.clock import Clock
 from config.defaults import Settings
+from config.postgres import AWAY
 from nodes.breaker import Breaker
 from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused, NodeStore
 from nodes.routing.snapshot import Engine, Model, Snapshot
@@ -103,7 +102,7 @@ class Registry:
         """Read the nodes now; False, and the old picture, if PostgreSQL does not answer."""
         try:
             rows, online = await store.ready_engines()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except AWAY as error:
             log.warning(
                 "nodes can't be read: %s", error or type(error).__name__, extra={"action": "nodes_unreadable"}
             )

@@ -9,11 +9,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
-import asyncpg
-
 from config.changes import EVERYTHING
 from config.clock import Clock
 from config.defaults import Settings
+from config.postgres import AWAY
 from gateway.identity.secrets import SECRET_CHARS_MAX, hash_secret
 
 LOADS_AT_ONCE_MAX = 2
@@ -152,7 +151,7 @@ class KeyRing:
                     if changes == self._changes:
                         self._remember(digest, principal)
                         return principal
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except AWAY as error:
             raise IdentityUnavailable("keys can't be looked up at the moment") from error
         raise IdentityUnavailable("keys change too fast to be looked up")
 
