@@ -1,55 +1,25 @@
-"""The life of a turn: admit, choose, relay, settle. Every surface's inference request passes through `run`.
+"""The life of a turn: admit, dispatch, settle. Every surface's inference request passes through `run`.
 
-What a surface looks like is `gateway.api`; how bytes move is `gateway.relay`. A turn is settled exactly once whatever way it
-ended, in memory, before its last bytes go out; nothing here waits for a database.
+What a surface looks like is `gateway.api`; which engine a turn goes to and how it is relayed is `gateway.dispatch`. A turn
+is settled exactly once whatever way it ended, in memory, before its last bytes go out; nothing here waits for a database.
 """
 
 import asyncio
-import hashlib
-import hmac
-import logging
-import random
-import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
-from billing.money import to_minor_up
 from billing.prices import PriceBook, cost_nano
 from billing.usage import UsageRecord
 from config.clock import Clock
 from config.defaults import Settings
-from gateway.errors import (
-    ApiError,
-    InsufficientQuota,
-    ModelNotFound,
-    NoNodeAvailable,
-    Unavailable,
-    error_event,
-)
+from gateway.dispatch import NO_NODE_RETRY_AFTER_S, Dispatcher
+from gateway.errors import ApiError, InsufficientQuota, ModelNotFound, Unavailable, error_event
 from gateway.identity.keyring import Principal
-from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
-from gateway.relay.events import Tokens, add_cost, answer_tokens
-from gateway.relay.exchange import Delivery, stream, whole
-from gateway.relay.faults import EngineFault, check_answer, unreachable
-from gateway.relay.tap_complete import CompleteTap
-from gateway.relay.taps import Tap
-from gateway.relay.tokens import count_prompt, count_tokens
-from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes
+from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.upstreams import Upstreams
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
-from nodes.routing.router import Need, NoEngine, choose
-from nodes.routing.snapshot import Engine
-
-log = logging.getLogger("poolgate.turns")
-
-OUTPUT_TOKENS_GUESS_MAX = 1024
-"""What an answer without a small token limit counts for as load: few answers are longer."""
-
-NO_NODE_RETRY_AFTER_S = 5
 
 
 class Lifecycle:
@@ -66,16 +36,12 @@ class Lifecycle:
         record: Callable[[UsageRecord], None],
         is_full: Callable[[], bool],
     ) -> None:
-        self._settings = settings
         self._registry = registry
         self._prices = prices
         self._clock = clock
-        self._pepper = pepper
         self._record = record
         self._is_full = is_full
-        self._salts: dict[int, str] = {}
-        self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
-        self.upstreams = Upstreams(settings)
+        self._dispatcher = Dispatcher(settings, registry=registry, pepper=pepper, settle=self._settle)
         self._running: set[asyncio.Task[Any]] = set()
         self._cut: set[asyncio.Task[Any]] = set()
 
@@ -86,7 +52,7 @@ class Lifecycle:
         assert task is not None
         self._running.add(task)
         try:
-            await self._dispatch(turn, down)
+            await self._dispatcher.dispatch(turn, down)
         except ApiError as error:
             self._refuse(turn, down, error)
         except asyncio.CancelledError:
@@ -117,6 +83,11 @@ class Lifecycle:
         down.finish(error_event(error))
 
     @property
+    def upstreams(self) -> Upstreams:
+        """The connections to engines."""
+        return self._dispatcher.upstreams
+
+    @property
     def in_flight(self) -> int:
         """Turns that have not ended."""
         return len(self._running)
@@ -145,219 +116,11 @@ class Lifecycle:
         turn_id = uuid.UUID(request_id.removeprefix("req_"))
         return Turn(turn_id, request_id, principal, ask, model, self._prices.price(model, now), now)
 
-    async def _dispatch(self, turn: Turn, down: Downstream) -> None:
-        """Try engines until one answers; another one only while the client got nothing but comments."""
-        body = self._engine_body(turn)
-        tokens = len(body) // 4 + min(turn.ask.output_tokens, OUTPUT_TOKENS_GUESS_MAX)
-        tried: list[Engine] = []
-        faults: list[EngineFault] = []
-        while len(tried) < self._settings.dispatch_attempts_max:
-            engine = self._choose(turn, tokens, tried, faults)
-            tried.append(engine)
-            turn.engine = engine
-            load = engine.load
-            load.turns += 1
-            load.tokens += tokens
-            engine.breaker.began()
-            try:
-                await self._attempt(turn, engine, body, down)
-                self._judge(tried, faults, is_answered=True)
-                return
-            except EngineFault as fault:
-                faults.append(fault)
-                self._note(turn, engine, fault)
-                is_begun = turn.first_event_s is not None and not turn.ask.gathers
-                turn.outcome = "engine_failed" if fault.may_retry or is_begun else "refused"
-                if is_begun or not fault.may_retry:
-                    break
-            finally:
-                engine.breaker.ended()
-                load.turns -= 1
-                load.tokens -= tokens
-        self._judge(tried, faults, is_answered=False)
-        raise faults[-1].error
-
-    def _judge(self, tried: list[Engine], faults: list[EngineFault], *, is_answered: bool) -> None:
-        """Tell the breakers. When every engine failed at one turn, the turn may be to blame: then only the first one tried
-        is counted, or a single poisonous request could take a whole model down."""
-        for place, (engine, fault) in enumerate(zip(tried, faults, strict=False)):
-            if fault.is_broken and (is_answered or fault.is_certain or place == 0):
-                self._registry.engine_failed(engine)
-
-    def _note(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
-        log.log(
-            logging.WARNING if fault.is_broken else logging.INFO, "%s failed: %s", engine.key, fault.cause,
-            extra={"action": "attempt_failed", "request_id": turn.request_id, "engine": engine.key},
-        )  # fmt: skip
-
-    def _choose(self, turn: Turn, tokens: int, tried: list[Engine], faults: list[EngineFault]) -> Engine:
-        ask, settings = turn.ask, self._settings
-        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
-        snapshot = self._registry.snapshot
-        try:
-            choice = choose(
-                snapshot,
-                need,
-                sample=settings.choice_sample,
-                turns_max=settings.engine_turns_max,
-                rng=self._rng,
-            )
-        except NoEngine as error:
-            if faults:
-                self._judge(tried, faults, is_answered=False)
-                raise faults[-1].error from faults[-1]
-            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
-        return choice.engine
-
-    def _engine_body(self, turn: Turn) -> bytes:
-        """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""
-        body = turn.ask.body
-        if turn.ask.kind == "generate":
-            body["cache_salt"] = self._salt(turn.principal.account_id)
-        return orjson.dumps(body)
-
-    def _salt(self, account_id: int) -> str:
-        """Keeps one account's cached prefixes from being timed, or used, by another."""
-        salt = self._salts.get(account_id)
-        if salt is None:
-            if len(self._salts) >= self._settings.key_cache_max:
-                self._salts.clear()
-            mark = hmac.digest(self._pepper, b"cache-salt:%d" % account_id, hashlib.sha256)
-            salt = self._salts[account_id] = mark.hex()[:32]
-        return salt
-
-    # --- one attempt ------------------------------------------------------------------------------------------
-
-    async def _attempt(self, turn: Turn, engine: Engine, body: bytes, down: Downstream) -> None:
-        """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it."""
-        pool = self.upstreams.pool(engine)
-        request = request_bytes(engine.authority, turn.ask.engine_path, turn.request_id, body)
-        connection = pool.idle()
-        if connection is not None:
-            try:
-                await self._exchange(turn, connection, request, down)
-                return
-            except EngineFault:
-                if not connection.was_stale:
-                    raise
-        try:
-            connection = await pool.connect()
-        except ConnectFailed as error:
-            raise unreachable(str(error)) from error
-        await self._exchange(turn, connection, request, down)
-
-    async def _exchange(
-        self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream
-    ) -> None:
-        """One request on one connection, which is kept if all went well and closed at once if not."""
-        begun_s = time.monotonic()
-        connection.begin(request)
-        try:
-            await self._relay(turn, connection, down)
-        except BaseException:
-            connection.close()
-            raise
-        assert turn.engine is not None
-        if turn.outcome == "timeout":  # we ended it, not the engine, which should stop now
-            connection.close()
-            if turn.first_event_s is None:
-                self._registry.engine_failed(turn.engine)
-        else:
-            connection.release()
-            turn.engine.breaker.succeeded(begun_s)
-
-    async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
-        ask = turn.ask
-        headers = {"x-request-id": turn.request_id}
-        if ask.tap is None:
-            await self._relay_whole(turn, connection, down, headers)
-            return
-        tap = ask.tap()
-        ends_at_s = None
-        if ask.time_limit_s is not None:
-            used_s = time.monotonic() - turn.started_s
-            ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
-        stream_headers = EVENT_STREAM | headers
-        delivery = Delivery(tap, down, stream_headers, turn.first_event, ask.gathers, ends_at_s)
-        try:
-            await stream(connection, delivery, self._settings)
-        finally:
-            if not ask.gathers and turn.first_event_s is not None:
-                turn.tokens = tap.final_tokens()
-        self._finish(turn, tap, down, headers)
-
-    def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
-        """Settle, then send the last bytes."""
-        if down.is_gone and turn.ask.gathers:
-            raise ClientGone
-        turn.tokens = tap.final_tokens()
-        is_timeout = isinstance(tap, CompleteTap) and tap.timed_out
-        turn.outcome, turn.status = "timeout" if is_timeout else "finished", 200
-        self._settle(turn)
-        cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
-        if turn.ask.render is not None:
-            json = {"content-type": "application/json"}
-            down.answer(200, json | headers, turn.ask.render(turn, tap, cost_minor))
-        else:
-            down.finish(tap.ending(cost_minor))
-
-    async def _relay_whole(
-        self, turn: Turn, connection: UpstreamConnection, down: Downstream, headers: dict[str, str]
-    ) -> None:
-        body = await whole(connection, self._settings)
-        check_answer(body)
-        if down.is_gone:
-            raise ClientGone
-        turn.first_event()
-        turn.tokens = answer_tokens(body) or estimate(turn.ask.body, body)
-        turn.outcome, turn.status = "finished", 200
-        self._settle(turn)
-        cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
-        json = {"content-type": "application/json"}
-        down.answer(200, json | headers, add_cost(body, cost_minor))
-
-    # --- the end ----------------------------------------------------------------------------------------------
-
     def _settle(self, turn: Turn) -> None:
         """Price what was delivered and record it: once, in memory, whatever way the turn ended."""
         if turn.is_settled:
             return
         turn.is_settled = True
-        tokens, engine = turn.tokens, turn.engine
+        tokens = turn.tokens
         turn.amount_nano = cost_nano(turn.price, tokens.prompt, tokens.cached, tokens.completion)
-        self._record(
-            UsageRecord(
-                turn_id=turn.id,
-                account_id=turn.principal.account_id,
-                key_id=turn.principal.key_id,
-                started_at=turn.started_at,
-                surface=turn.ask.route,
-                model=turn.model,
-                node_id=engine.node_id if engine is not None else None,
-                engine_id=engine.engine_id if engine is not None else None,
-                stream=turn.ask.is_stream,
-                outcome=turn.outcome,
-                status=turn.status or 499,
-                prompt_tokens=tokens.prompt,
-                cached_tokens=tokens.cached,
-                completion_tokens=tokens.completion,
-                estimated=tokens.estimated,
-                ttft_ms=turn.ttft_ms,
-                duration_ms=turn.duration_ms,
-                amount_nano=turn.amount_nano,
-                price_ref=turn.price.ref,
-            )
-        )
-
-
-def estimate(asked: dict[str, object], answer: bytes) -> Tokens:
-    """Tokens of a turn whose engine reported none, counted by tokenizer."""
-    prompt = count_prompt(asked.get("messages") or asked.get("prompt") or asked.get("input") or "")
-    try:
-        choices = orjson.loads(answer).get("choices") or ()
-        texts = [
-            choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices
-        ]
-    except (orjson.JSONDecodeError, AttributeError):
-        texts = []
-    return Tokens(prompt=prompt, completion=sum(map(count_tokens, texts)), estimated=True)
+        self._record(turn.usage_record())

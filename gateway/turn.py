@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from billing.prices import Price
+from billing.usage import UsageRecord
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
 from gateway.relay.taps import Tap
@@ -18,6 +19,9 @@ from nodes.routing.snapshot import Engine
 Outcome = Literal["finished", "timeout", "refused", "client_gone", "engine_failed", "cut", "crashed"]
 """How a turn ended. `timeout`: /v1/complete's bound. `refused`: nothing was sent to an engine, or every engine said no.
 `cut`: the gateway stopped and the turn outlived its grace. `crashed`: a fault of ours, which is in the log."""
+
+CLIENT_CLOSED = 499
+"""Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,28 @@ class Turn:
     def duration_ms(self) -> int:
         """Milliseconds since the request was admitted."""
         return round((time.monotonic() - self.started_s) * 1000)
+
+    def usage_record(self) -> UsageRecord:
+        """What is kept of this turn once it is settled."""
+        engine, tokens = self.engine, self.tokens
+        return UsageRecord(
+            turn_id=self.id,
+            account_id=self.principal.account_id,
+            key_id=self.principal.key_id,
+            started_at=self.started_at,
+            surface=self.ask.route,
+            model=self.model,
+            node_id=engine.node_id if engine is not None else None,
+            engine_id=engine.engine_id if engine is not None else None,
+            stream=self.ask.is_stream,
+            outcome=self.outcome,
+            status=self.status or CLIENT_CLOSED,
+            prompt_tokens=tokens.prompt,
+            cached_tokens=tokens.cached,
+            completion_tokens=tokens.completion,
+            estimated=tokens.estimated,
+            ttft_ms=self.ttft_ms,
+            duration_ms=self.duration_ms,
+            amount_nano=self.amount_nano,
+            price_ref=self.price.ref,
+        )

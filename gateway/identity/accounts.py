@@ -81,8 +81,11 @@ class AccountStore:
         ]
 
     async def show(self, name_or_id: str | int) -> Account:
-        """By id or by name (a name that is all digits is found by name first); raises UnknownAccount."""
-        text = str(name_or_id)
+        """By id, or by what a person typed: a name, even one of digits, before an id. Raises UnknownAccount."""
+        if isinstance(name_or_id, int):
+            row = await self._pool.fetchrow(f"select {COLUMNS} from accounts where id = $1", name_or_id)
+            return _account(row, str(name_or_id))
+        text = name_or_id
         row = await self._pool.fetchrow(
             f"select {COLUMNS} from accounts where name = $1 or id::text = $1"
             " order by name = $1 desc limit 1",

@@ -7,6 +7,7 @@ cl100k_base from a file (nothing is downloaded). It is never the model's own tok
 from functools import cache
 from typing import Any
 
+import orjson
 import tiktoken
 
 PIECE_CHARS = 2000
@@ -41,3 +42,14 @@ def count_prompt(value: Any) -> int:
         [child for name, child in value.items() if name not in NO_TEXT] if isinstance(value, dict) else value
     )
     return sum(count_prompt(child) for child in children)
+
+
+def estimate(asked: dict[str, Any], answer: bytes) -> tuple[int, int]:
+    """Prompt and completion tokens of a whole answer whose engine reported none."""
+    prompt = count_prompt(asked.get("messages") or asked.get("prompt") or asked.get("input") or "")
+    try:
+        choices = orjson.loads(answer).get("choices") or ()
+        messages = [choice.get("message") or {"content": choice.get("text")} for choice in choices]
+    except (orjson.JSONDecodeError, AttributeError):
+        messages = []
+    return prompt, sum(count_tokens(message.get("content") or "") for message in messages)
