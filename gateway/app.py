@@ -228,9 +228,7 @@ class Gateway:
             await self._ended_within(CUT_S)
         await manager.shutdown(CUT_S)
         await self._runner.cleanup()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         self._records.flush()
         await self.usage.close()
         await self._load.leave()
@@ -243,6 +241,15 @@ class Gateway:
                     await pool.close()
             except TimeoutError:
                 pool.terminate()
+
+    async def _end_tasks(self) -> None:
+        """Cancel the background parts until all have ended: Python 3.11 loses a cancellation that comes at the very moment
+        at which what a task waits for does (`asyncio.wait_for`, in redis-py and asyncpg)."""
+        going = set(self._tasks)
+        while going:
+            for task in going:
+                task.cancel()
+            _, going = await asyncio.wait(going, timeout=CUT_S)
 
     async def _ended_within(self, limit_s: float) -> bool:
         """Wait for all turns to end."""

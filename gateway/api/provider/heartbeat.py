@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
+from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
@@ -27,8 +28,6 @@ routes = Routes(surface="plain", tag="Providers")
 
 HEARTBEAT_BYTES_MAX = 2**20
 """A node with 64 engines of hundreds of adapters each stays below half of this."""
-
-AWAY = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 NODE_OF_KEY = uuid.UUID("6f1d1c0e-6f0a-4d0c-9a57-0f3c5a3a7f10")
 """Namespace of node ids for agents that name none: then a provider has one node."""
@@ -82,7 +81,16 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     principal = await principal_of(request, beat.api_key, "node")
     try:
         reply = await _record(request, beat, principal)
-    except AWAY:
+    except asyncpg.DataError:
+        raise BadRequest(
+            "The heartbeat has a text or a number that can't be kept, as one with a NUL."
+        ) from None
+    except AWAY as error:
+        log.debug(  # that PostgreSQL is away is told once, by the change feed
+            "a heartbeat can't be taken: %s",
+            error or type(error).__name__,
+            extra={"action": "heartbeat_lost", "account_id": principal.account_id},
+        )
         raise Unavailable(
             "Heartbeats can't be taken right now. Try again shortly.", retry_after_s=2
         ) from None
