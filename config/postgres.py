@@ -53,7 +53,8 @@ class Migration:
 async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Pool:
     """A pool whose statements end after `timeout_s`, in the server and in the client; connecting does, too.
 
-    Raises OSError, TimeoutError or asyncpg.PostgresError where the server can't be reached now.
+    Nothing connects yet: where the server can't be reached, the first statement raises OSError, TimeoutError or
+    asyncpg.PostgresError.
     """
     return await asyncpg.create_pool(
         url,

@@ -116,6 +116,9 @@ async def test_an_abandoned_transaction_gives_its_locks_back(database_url: str):
         await eventually(is_free)
 
 
-async def test_an_unreachable_server_is_said_at_once(tmp_path: Path):
-    with pytest.raises(OSError, match="No such file"):
-        await open_pool(f"postgresql:///postgres?host={tmp_path}&user=x", max_size=1, timeout_s=1)
+async def test_an_unreachable_server_is_said_by_the_first_statement(tmp_path: Path):
+    async with await open_pool(
+        f"postgresql:///postgres?host={tmp_path}&user=x", max_size=1, timeout_s=1
+    ) as pool:
+        with pytest.raises(OSError, match="No such file"):
+            await pool.execute("select 1")
