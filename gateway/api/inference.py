@@ -53,27 +53,40 @@ async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes
     """
     settings = request.app[SETTINGS]
     limit = bytes_max or settings.body_bytes_max
-    too_large = BodyTooLarge(f"The request body is too large: at most {limit} bytes.")
     if request.content_length is not None and request.content_length > limit:
-        raise too_large
+        raise _too_large(limit)
     if request.content_type not in JSON_TYPES:
         raise BadRequest(
             "Send the body as 'Content-Type: application/json'.", code="unsupported_content_type"
         )
     if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise BadRequest("Send the body without Content-Encoding.", code="unsupported_content_encoding")
-    body = bytearray()
+    content = request.content
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > limit:
-                    raise too_large
+        if content.is_eof():  # it came with the head, as small ones do: no timer is needed
+            body = content.read_nowait()
+            if len(body) > limit:
+                raise _too_large(limit)
+            return body
+        return await _body_to_come(request, limit, settings.body_timeout_s)
     except TimeoutError:
         raise RequestTimeout from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, HttpProcessingError):
         raise BadRequest("The request body is not what its headers say.") from None
+
+
+async def _body_to_come(request: web.Request, limit: int, timeout_s: float) -> bytes:
+    body = bytearray()
+    async with asyncio.timeout(timeout_s):
+        async for piece in request.content.iter_any():
+            body += piece
+            if len(body) > limit:
+                raise _too_large(limit)
     return bytes(body)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is too large: at most {limit} bytes.")
 
 
 def stream_options(body: dict[str, Any]) -> tuple[bool, bool]:
