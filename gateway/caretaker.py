@@ -6,6 +6,7 @@ Whoever holds an advisory lock of PostgreSQL is the caretaker; when its connecti
 import asyncio
 import logging
 import time
+from datetime import datetime, timedelta
 
 import asyncpg
 
@@ -22,6 +23,9 @@ LOCK = 0x706F6F6C_67617465  # "poolgate" in ASCII: any fixed number that is not 
 CHORES_S = 3600.0
 """How often partitions and the change log are looked at; partitions are made a week ahead."""
 
+CHORES_RETRY_S = 60.0
+"""How soon after one of them failed."""
+
 
 class Caretaker:
     """Tries to be the caretaker, and does the chores while it is."""
@@ -33,6 +37,7 @@ class Caretaker:
         self._nodes = NodeStore(pool)
         self._settings = settings
         self._watching_since_s: float | None = None
+        self._seen_s = 0.0
         self._chores_at_s = 0.0
 
     async def run(self) -> None:
@@ -55,24 +60,39 @@ class Caretaker:
             return
         try:
             while True:
-                await connection.fetchval("select 1")  # the lock is only as alive as its connection
-                await self._chores()
+                # The lock is only as alive as its connection, which this asks as well.
+                await self._chores(await connection.fetchval("select clock_timestamp()"))
                 await asyncio.sleep(self._period_s)
         finally:
             if not connection.is_closed():
                 await connection.execute("select pg_advisory_unlock($1)", LOCK)
 
-    async def _chores(self) -> None:
-        now_s = time.monotonic()
-        if self._watching_since_s is None:
+    async def _chores(self, seen_at: datetime) -> None:
+        """`seen_at`: PostgreSQL's clock a moment ago."""
+        now_s, grace_s = time.monotonic(), self._settings.heartbeat_grace_s
+        # After an absence of PostgreSQL, or of this process, every heartbeat looks old: nodes first get their grace to
+        # report again. Less than half of it can't be what made a node silent.
+        if self._watching_since_s is None or now_s - self._seen_s > grace_s / 2:
             self._watching_since_s = now_s
-        # After an absence of PostgreSQL every heartbeat looks old: nodes first get their grace to report again.
-        if now_s - self._watching_since_s >= self._settings.heartbeat_grace_s:
-            for node_id in await self._nodes.expire(self._settings.heartbeat_grace_s):
+        self._seen_s = now_s
+        if now_s - self._watching_since_s >= grace_s:
+            for node_id in await self._nodes.expire(seen_at - timedelta(seconds=grace_s)):
                 log.warning(
                     "node %s is silent and left", node_id, extra={"action": "node_expired", "node": node_id}
                 )
         if now_s >= self._chores_at_s:
-            self._chores_at_s = now_s + CHORES_S
+            self._chores_at_s = now_s + (CHORES_S if await self._tidied() else CHORES_RETRY_S)
+
+    async def _tidied(self) -> bool:
+        """Partitions and the change log. A failure here, as of a lock that a long report holds, concerns no node."""
+        try:
             await keep_partitions(self._pool, self._settings)
             await trim_changes(self._pool)
+        except AWAY as error:
+            log.warning(
+                "a chore failed and is tried again: %s",
+                error or type(error).__name__,
+                extra={"action": "chore_failed"},
+            )
+            return False
+        return True

@@ -7,6 +7,7 @@ import ipaddress
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -123,9 +124,12 @@ class NodeStore:
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
         return [_engine_row(row) for row in rows], online
 
-    async def expire(self, grace_s: float) -> list[str]:
-        """Nodes that were silent for `grace_s` go offline; their ids."""
-        rows = await self._pool.fetch(EXPIRE, float(grace_s))
+    async def expire(self, before: datetime) -> list[str]:
+        """Nodes that were last heard of before that, by PostgreSQL's clock, go offline; their ids.
+
+        A moment, not an age: a statement that a frozen PostgreSQL carries out late must not judge by the time it was frozen.
+        """
+        rows = await self._pool.fetch(EXPIRE, before)
         return [str(row["id"]) for row in rows]
 
 
@@ -164,7 +168,7 @@ order by n.id, e.engine_id
 EXPIRE = """
 update nodes set state = 'offline'
 where state in ('registered', 'connected', 'online', 'paused', 'draining')
-  and last_heartbeat_at < clock_timestamp() - make_interval(secs => $1)
+  and last_heartbeat_at < $1
 returning id
 """
 
