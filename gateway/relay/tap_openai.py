@@ -105,7 +105,8 @@ class OpenAITap:
         elif (match := USAGE.match(whole, at)) is None:
             return b"".join(map(self._count_oddly, whole.split(b"\n\n")))
         else:
-            self._has_counts = True
+            if not self._has_counts:
+                self._has_counts, self.tokens = True, Tokens()  # from here on nothing is estimated
             if self._choices > 1:
                 self._count_each(whole)
             else:

@@ -450,3 +450,10 @@ def test_media_and_names_are_no_prompt_text():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
     words = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
     assert count_prompt(words) == count_tokens("What is this?")
+
+
+def test_an_estimate_ends_where_the_engines_counts_begin():
+    tap = openai()
+    tap.feed(event("Paris"))
+    tap.feed(event(" is", usage=(9, 2)))
+    assert tap.final_tokens() == Tokens(prompt=9, completion=2)
