@@ -31,7 +31,7 @@ up: install ## start everything on this machine: stores, gateway, a node with a 
 	@exec env POOLGATE_STOP_WITH_PARENT=1 $(py) -m gateway up $(ARGS)
 
 engine: install ## build the CPU engine (2.7 GB on disk) and convert its model; skipped when they are there
-	@exec $(py) -m nodes.agent.build --into "$(VENV)/engine" $(ARGS)
+	@exec $(py) -m nodes.agent.build --into "$(VENV)/engine" $(if $(filter engine,$(MAKECMDGOALS)),$(ARGS))
 
 test: install-test ## run every test that needs no vLLM
 	@exec $(py) -m pytest -m "not engine and not browser" $(ARGS)

@@ -20,7 +20,8 @@ import os, sys, time
 from config.procs import die_with_parent
 assert die_with_parent(bound_s=60)
 assert "POOLGATE_PARENT_FD" not in os.environ
-print("ready", os.getpid(), flush=True)
+# One write: with PYTHONUNBUFFERED a print is several, and two children share a pipe.
+os.write(1, b"ready %d\\n" % os.getpid())
 time.sleep(600)
 """
 STUBBORN = """
@@ -49,8 +50,10 @@ def run_child(code: str, **options: object) -> subprocess.Popen[bytes]:
 
 def test_children_end_when_their_parent_is_killed():
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE) as parent:
-        children = [int(parent.stdout.readline().split()[1]) for _ in range(2)]
-        parent.kill()
+        try:
+            children = [int(parent.stdout.readline().split()[1]) for _ in range(2)]
+        finally:
+            parent.kill()
         for child in children:
             wait_until(lambda child=child: is_gone(child))
 
