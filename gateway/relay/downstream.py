@@ -123,9 +123,8 @@ class HttpDownstream:
 
     async def drained(self) -> None:
         protocol = self._protocol
-        await asyncio.sleep(
-            0
-        )  # to the end of this tick, when uvloop writes: most often the socket takes it all
+        # To the end of this tick, when uvloop writes: most often the socket takes it all.
+        await asyncio.sleep(0)
         left = self._transport.get_write_buffer_size()
         writable = asyncio.Event()
         protocol.when_writable(writable.set)

@@ -31,7 +31,7 @@ class CompleteTap:
 
     @property
     def is_whole(self) -> bool:
-        return self._chat.is_whole or self._finish == "timeout"
+        return self._chat.is_whole or self.timed_out
 
     @property
     def pending_bytes(self) -> int:
@@ -51,7 +51,7 @@ class CompleteTap:
         self.is_done = True
 
     def feed(self, data: bytes) -> bytes:
-        if self._finish == "timeout":
+        if self.timed_out:
             return b""
         events = self._chat.feed(data).split(b"\n\n")
         out = [self._delta(orjson.loads(event[6:])) for event in events if event.startswith(b"data: {")]
