@@ -57,6 +57,10 @@ class UsageRecord:
     duration_ms: int
     amount_nano: int
     price_ref: str
+    provider_id: int | None = None  # the account whose node did it
+    loss_nano: int = 0  # delivered beyond what could be held for it: the platform's
+    budgets: tuple[tuple[int, float], ...] = ()  # (budget, start of its window in unix seconds) that it counts in
+    idempotency_key: str | None = None
 
 
 COLUMNS = {

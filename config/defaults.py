@@ -223,27 +223,180 @@ class Settings:
         high=1_000_000,
     )
     price_book: str = knob("", "TOML file of prices; empty: the one in the package (config/pricebook.toml)")
+    provider_share_bp: int = knob(
+        7500,
+        "what the node's owner gets of each turn, in hundredths of a percent; the rest is the platform's fee",
+        low=0,
+        high=10_000,
+    )
+    provider_share_rounding: str = knob(
+        "down",
+        "which way a posting's share is rounded to whole nano; the fee takes the difference",
+        choices=("down", "half_even", "up"),
+    )
+    batch_price_percent: int = knob(
+        50, "what a turn of a batch costs, as a percentage of the price of one online", low=0, high=100
+    )
+    lease_block_s: float = knob(
+        120.0,
+        "a process leases so many seconds of an account's peak spending at once, and refills at half",
+        low=1,
+        high=3600,
+        unit="seconds",
+    )
+    lease_small_holds: int = knob(
+        8,
+        "a wallet that buys fewer holds than this for each process is leased one turn at a time",
+        low=1,
+        high=1000,
+        unit="holds",
+    )
+    lease_idle_s: float = knob(
+        60.0,
+        "a process returns what it has leased of an account without turns for this long",
+        low=0.05,
+        high=86400,
+        unit="seconds",
+    )
+    lease_grace_s: float = knob(
+        4 * 3600.0,
+        "a process that PostgreSQL has not heard of for this long is given up: its leases return to the wallets",
+        low=1,
+        high=30 * 86400,
+        unit="seconds",
+    )
+    lease_report_s: float = knob(
+        1.0,
+        "processes tell what is free and held in their leases this often: a balance read is no older",
+        low=0.05,
+        high=60,
+        unit="seconds",
+    )
+    leases_max: int = knob(
+        200_000,
+        "accounts that a process has leases of; past it those longest without a turn are returned",
+        low=16,
+        high=10_000_000,
+        unit="accounts",
+    )
+    hold_wait_s: float = knob(
+        2.0,
+        "how long a turn waits for money that only other turns' holds or other processes' leases keep from it",
+        low=0,
+        high=60,
+        unit="seconds",
+    )
+    clamp_tokens_min: int = knob(
+        16,
+        "a request without a token limit is clamped to what its wallet buys if that is so much, else refused",
+        low=1,
+        high=1_000_000,
+        unit="tokens",
+    )
+    template_tokens_max: int = knob(
+        512,
+        "what a chat template may add to a prompt (a default system message, roles), for the hold's upper bound",
+        low=0,
+        high=1_000_000,
+        unit="tokens",
+    )
+    output_tokens_ceiling: int = knob(
+        131_072,
+        "longest answer of a model whose context length nobody told, for the hold's upper bound",
+        low=1,
+        high=100_000_000,
+        unit="tokens",
+    )
+    journal_dir: str = knob(
+        "", "folder of the workers' journals, on a disk that survives them; empty: `journal` in data_dir"
+    )
+    journal_bytes_max: int = knob(
+        2 * 2**30,
+        "finished turns of one worker that wait for PostgreSQL on disk: 1 h of 1,400 turns a second; past it 503",
+        low=2**20,
+        high=2**44,
+        unit="bytes",
+    )
+    journal_segment_bytes: int = knob(
+        16 * 2**20,
+        "size of one journal file; one is made ahead, and those shipped whole are removed",
+        low=2**16,
+        high=2**30,
+        unit="bytes",
+    )
+    journal_fsync_s: float = knob(
+        0.05,
+        "the journal is forced to disk this often: what a power cut (not a killed process) can lose",
+        low=0.001,
+        high=60,
+        unit="seconds",
+    )
     usage_flush_s: float = knob(
         0.25,
-        "finished turns are written to PostgreSQL in batches this often",
+        "finished turns are shipped from the journal to PostgreSQL in batches this often",
         low=0.01,
         high=60,
         unit="seconds",
     )
-    usage_pending_max: int = knob(
-        200_000,
-        "finished turns that wait for PostgreSQL in memory (about 0.5 KB each); past it new turns get 503",
-        low=100,
-        high=10_000_000,
-        unit="turns",
-    )
-    usage_batch_max: int = knob(5_000, "turns in one write", low=1, high=100_000, unit="turns")
+    usage_batch_max: int = knob(5_000, "turns in one batch", low=1, high=100_000, unit="turns")
     usage_retention_days: int = knob(
         400,
         "day partitions of usage older than this are dropped (13 months: year on year)",
         low=2,
         high=10_000,
         unit="days",
+    )
+
+    usage_hours_retention_days: int = knob(
+        62,
+        "usage by hour older than this is dropped (two months); usage by day is kept",
+        low=2,
+        high=10_000,
+        unit="days",
+    )
+    idempotency_kept_s: float = knob(
+        86400.0,
+        "answers to requests with an Idempotency-Key are kept this long",
+        low=1,
+        high=30 * 86400,
+        unit="seconds",
+    )
+    idempotency_bytes_max: int = knob(
+        2**20,
+        "largest answer that is kept; a repeat of a larger one gets 409",
+        low=1024,
+        high=64 * 2**20,
+        unit="bytes",
+    )
+
+    # --- limits -----------------------------------------------------------------------------------------------
+    exact_requests_minute_max: int = knob(
+        600,
+        "limits up to this many requests a minute are kept exactly, one Valkey command a request; higher ones by blocks",
+        low=1,
+        high=1_000_000,
+        unit="requests",
+    )
+    limit_block_s: float = knob(
+        1.0,
+        "life of a block of a high limit that one process took: what it doesn't use is lost to the others for so long",
+        low=0.05,
+        high=10,
+        unit="seconds",
+    )
+    limit_subjects_max: int = knob(
+        200_000,
+        "keys and accounts whose limits a process has in mind",
+        low=16,
+        high=10_000_000,
+        unit="subjects",
+    )
+    valkey_retry_s: float = knob(
+        1.0,
+        "how long a process keeps limits by itself after Valkey failed, before it asks again",
+        low=0.01,
+        high=600,
+        unit="seconds",
     )
 
     # --- nodes -------------------------------------------------------------------------------------------------

@@ -63,8 +63,43 @@ class Metrics:
         )
         self.usage_pending = Gauge(
             "poolgate_usage_pending",
-            "Settled turns that wait for PostgreSQL",
+            "Settled turns in journals that wait for PostgreSQL",
             multiprocess_mode="livesum",
+            registry=into,
+        )
+        self.journal_bytes = Gauge(
+            "poolgate_journal_bytes", "Size of what waits in journals", multiprocess_mode="livesum", registry=into
+        )
+        self.quarantined = Counter(
+            "poolgate_usage_quarantined", "Records that PostgreSQL refused; a person must look", registry=into
+        )
+        self.platform_loss = Counter(
+            "poolgate_platform_loss_nano",
+            "Delivered beyond what was held for it, by the node that produced it",
+            ["node"],
+            registry=into,
+        )
+        self.lease_requests = Counter(
+            "poolgate_lease_requests",
+            "Requests to PostgreSQL for a part of a wallet or budget (granted, refused, failed)",
+            ["result"],
+            registry=into,
+        )
+        self.leases = Gauge(
+            "poolgate_leases", "Accounts of which a process has a lease", multiprocess_mode="livesum", registry=into
+        )
+        self.limited = Counter(
+            "poolgate_limited", "Requests over a rate limit, by limit", ["limit"], registry=into
+        )
+        self.limits_local = Counter(
+            "poolgate_limits_local",
+            "Limited requests decided by a process's own share because Valkey was away",
+            registry=into,
+        )
+        self.idempotent = Counter(
+            "poolgate_idempotent_requests",
+            "Requests with an Idempotency-Key (first, repeated, running, conflict, rerun, lost)",
+            ["outcome"],
             registry=into,
         )
         self.nodes_online = Gauge(

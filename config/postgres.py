@@ -16,7 +16,9 @@ AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientErr
 """What a statement raises when PostgreSQL is gone, going or frozen. asyncpg calls a connection that dies amid one an
 internal error of its own."""
 
-SQL_FOLDER = Path(__file__).parent / "sql"
+_ROOT = Path(__file__).parents[1]
+SQL_FOLDERS = (_ROOT / "config" / "sql", _ROOT / "billing" / "sql")
+"""Each package keeps the files of its own tables; the numbers run through all of them."""
 APPLICATION_NAME = "poolgate"
 
 # The server ends a statement at `timeout_s`; the client waits a little longer, so that the server's own error
@@ -73,7 +75,10 @@ async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Poo
 
 
 async def migrate(
-    url: str, progress: Callable[[str], None] = lambda _line: None, *, folder: Path = SQL_FOLDER
+    url: str,
+    progress: Callable[[str], None] = lambda _line: None,
+    *,
+    folders: Sequence[Path] = SQL_FOLDERS,
 ) -> list[str]:
     """Apply the files that the database lacks, each in a transaction of its own; the names applied, in order.
 
@@ -81,7 +86,7 @@ async def migrate(
     an applied file was changed or is missing (the database is newer than this code), or where a file would
     have to be slipped in between.
     """
-    wanted = read_migrations(folder)
+    wanted = read_migrations(*folders)
     connection = await asyncpg.connect(
         url, server_settings={"application_name": f"{APPLICATION_NAME} migrate"}
     )
@@ -98,10 +103,10 @@ async def migrate(
         await connection.close()  # gives the lock back, too
 
 
-def read_migrations(folder: Path) -> list[Migration]:
-    """The files of a folder in order; MigrationRefused for a name or number that leaves the order open."""
+def read_migrations(*folders: Path) -> list[Migration]:
+    """The files of these folders in order; MigrationRefused for a name or number that leaves the order open."""
     found: list[Migration] = []
-    for path in sorted(folder.glob("*.sql")):
+    for path in sorted((path for folder in folders for path in folder.glob("*.sql")), key=lambda path: path.name):
         if not _FILE_NAME.fullmatch(path.name):
             raise MigrationRefused(f"{path}: a migration is named NNNN_words.sql, in small letters")
         if found and found[-1].name[:4] == path.name[:4]:

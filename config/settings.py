@@ -116,7 +116,7 @@ _RULES: tuple[_Rule, ...] = (
     _above(
         "engine_restart_max_s", "engine_restart_s", "the longest is no shorter than the first", or_equal=True
     ),
-    _above("usage_pending_max", "usage_batch_max", "a full batch must fit", or_equal=True),
+    _above("journal_bytes_max", "journal_segment_bytes", "a file must fit, and the one ahead"),
     _above("complete_tokens_max", "default_model_tokens", "the default would be refused", or_equal=True),
     (
         "minor_per_major", lambda settings: NANO_PER_MAJOR % settings.minor_per_major == 0,

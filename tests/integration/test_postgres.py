@@ -45,15 +45,15 @@ async def fetch(url: str, query: str) -> list[asyncpg.Record]:
 
 async def test_migrations_are_applied_once_in_order(empty_url: str, folder: Path):
     told: list[str] = []
-    assert await migrate(empty_url, told.append, folder=folder) == ["0001_one", "0002_two"]
+    assert await migrate(empty_url, told.append, folders=(folder,)) == ["0001_one", "0002_two"]
     assert told == ["applying 0001_one", "applying 0002_two"]
-    assert await migrate(empty_url, folder=folder) == []
+    assert await migrate(empty_url, folders=(folder,)) == []
     assert [row["n"] for row in await fetch(empty_url, "select n from two")] == [2]
 
 
 async def test_migrations_at_the_same_time_are_applied_once(empty_url: str, folder: Path):
     (folder / "0003_slow.sql").write_text("select pg_sleep(0.1); insert into one values (2);")
-    done = await asyncio.gather(*(migrate(empty_url, folder=folder) for _ in range(5)))
+    done = await asyncio.gather(*(migrate(empty_url, folders=(folder,)) for _ in range(5)))
     assert sorted(done) == [[], [], [], [], ["0001_one", "0002_two", "0003_slow"]]
     assert len(await fetch(empty_url, "select n from one")) == 2
 
@@ -62,19 +62,19 @@ async def test_a_migration_that_fails_leaves_nothing_and_can_be_mended(empty_url
     broken = folder / "0003_broken.sql"
     broken.write_text("create table three (n int); select 1/0;")
     with pytest.raises(asyncpg.DivisionByZeroError) as failed:
-        await migrate(empty_url, folder=folder)
+        await migrate(empty_url, folders=(folder,))
     assert "0003_broken" in failed.value.__notes__[0]
     assert (await fetch(empty_url, "select to_regclass('three') as found"))[0]["found"] is None
     broken.write_text("create table three (n int);")
-    assert await migrate(empty_url, folder=folder) == ["0003_broken"]
+    assert await migrate(empty_url, folders=(folder,)) == ["0003_broken"]
 
 
 async def test_a_changed_migration_is_refused_and_nothing_is_applied(empty_url: str, folder: Path):
-    await migrate(empty_url, folder=folder)
+    await migrate(empty_url, folders=(folder,))
     (folder / "0001_one.sql").write_text("create table other (n int);")
     (folder / "0003_three.sql").write_text("create table three (n int);")
     with pytest.raises(MigrationRefused, match="0001_one was changed"):
-        await migrate(empty_url, folder=folder)
+        await migrate(empty_url, folders=(folder,))
     assert (await fetch(empty_url, "select to_regclass('three') as found"))[0]["found"] is None
 
 

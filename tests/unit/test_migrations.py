@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config.postgres import Migration, MigrationRefused, read_migrations, to_apply
+from config.postgres import SQL_FOLDERS, Migration, MigrationRefused, read_migrations, to_apply
 
 ONE, TWO, THREE = (Migration(f"000{n}_x", "", f"sum{n}") for n in (1, 2, 3))
 
@@ -51,4 +51,4 @@ def test_one_number_twice_is_refused(tmp_path: Path):
 
 
 def test_the_migrations_of_the_package_can_be_read():
-    assert read_migrations(Path(__file__).parents[2] / "config" / "sql")
+    assert read_migrations(*SQL_FOLDERS)

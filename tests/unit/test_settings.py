@@ -145,7 +145,7 @@ def test_a_secret_value_is_never_shown(url: str):
         ({"heartbeat_grace_s": 30}, "heartbeat_interval_s (30)"),
         ({"breaker_open_max_s": 0.5}, "breaker_open_s (1)"),
         ({"engine_restart_max_s": 0.5}, "engine_restart_s (1)"),
-        ({"usage_pending_max": 100}, "usage_batch_max (5000)"),
+        ({"journal_bytes_max": 2**20}, "journal_segment_bytes (16777216)"),
         ({"complete_tokens_max": 100}, "default_model_tokens (512)"),
         ({"minor_per_major": 7}, "divide 1000000000"),
         ({"currency": "sar"}, "three capital letters"),

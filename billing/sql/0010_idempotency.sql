@@ -1,0 +1,17 @@
+-- Requests with an Idempotency-Key: who has it, and the first answer, encrypted, for a day.
+
+create table idempotency_claims (
+    account_id     bigint not null,
+    key            text not null check (key <> ''),
+    request_hash   bytea not null,                  -- of method, path and body
+    state          text not null default 'running' check (state in ('running', 'finished')),
+    incarnation_id uuid not null,                   -- who runs it
+    turn_id        uuid not null,
+    attempts       smallint not null default 1,     -- 2: its first owner died before it was done
+    answer         bytea,                           -- sealed; null: not kept (too large, or its owner died)
+    created_at     timestamptz not null default clock_timestamp(),
+    finished_at    timestamptz,
+    primary key (account_id, key)
+);
+
+create index idempotency_claims_created on idempotency_claims (created_at); -- kept for a day
