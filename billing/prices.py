@@ -1,33 +1,43 @@
-"""The price book: what a model's tokens cost at a moment, and what a turn costs at those prices.
+"""The price book: what a model's tokens, and a job's minutes, cost at a moment, and what a turn costs at those prices.
 
 A TOML file is read and checked once; afterwards everything here is pure integer arithmetic. Whose wallet
-pays, and when, is others' business.
+pays, and when, is others' business; so is how much a turn can cost at most (`billing.holds`).
 """
 
 import datetime as dt
 import re
 import tomllib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from billing.money import parse_amount
 
 TOKENS_PER_PRICE = 10**6
 """Prices are for a million tokens, as the trade quotes them."""
 
+ONLINE_PERCENT = 100
+"""What a turn costs, as a percentage of its price, unless it is part of a batch (setting batch_price_percent)."""
+
 PACKAGED = Path(__file__).resolve().parent.parent / "config" / "pricebook.toml"
 
 DEFAULT = "default"
 PRICES = ("prompt", "cached_prompt", "completion")
-SIZES = ("context_length", "max_tokens", "vram_required_gb")
+SIZES = (
+    "context_length", "max_tokens", "vram_required_gb", "image_tokens", "audio_tokens", "video_tokens",
+)  # fmt: skip
+Entry = TypeVar("Entry")
 TEXT_OF_A_PRICE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class BadPriceBook(ValueError):
     """The price book can't be used; the message names file, table, field and what is allowed."""
+
+
+class NoJobPrice(LookupError):
+    """The book has neither a price for this type of job nor a default one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +52,48 @@ class Price:
     context_length: int | None = None
     max_tokens: int | None = None
     vram_required_gb: float | None = None
+    image_tokens: int | None = (
+        None  # what one image, sound or film in a prompt costs at most; None: not told,
+    )
+    audio_tokens: int | None = None  # so that no turn with one can be held
+    video_tokens: int | None = None
 
     @property
     def ref(self) -> str:
         """Names this entry in a usage record, for ever: "model@2027-01-01T00:00:00Z", or "model@start"."""
-        if not self.effective_from:
-            return f"{self.model}@start"
-        return f"{self.model}@{dt.datetime.fromtimestamp(self.effective_from, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return _ref(self.model, self.effective_from)
 
 
-def cost_nano(price: Price, prompt: int, cached: int, completion: int) -> int:
-    """What a turn costs: exact, then rounded up once.
+@dataclass(frozen=True, slots=True)
+class JobPrice:
+    """One entry of the book for a type of job: nano a minute."""
+
+    type: str  # "default" for every type that the book does not name
+    minute_nano: int
+    effective_from: float = 0.0  # unix seconds; 0: ever since
+
+    @property
+    def ref(self) -> str:
+        """Names this entry in a record, for ever: "jobs.training@2027-01-01T00:00:00Z", or "jobs.training@start"."""
+        return _ref(f"jobs.{self.type}", self.effective_from)
+
+
+def _ref(name: str, effective_from: float) -> str:
+    if not effective_from:
+        return f"{name}@start"
+    return f"{name}@{dt.datetime.fromtimestamp(effective_from, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def cost_nano(price: Price, prompt: int, cached: int, completion: int, percent: int = ONLINE_PERCENT) -> int:
+    """What a turn costs: exact, `percent` of it, then rounded up once.
 
     `prompt` includes the `cached` tokens, as OpenAI and vLLM count; an engine that reports more cached than
-    prompt tokens is believed up to all of them. ValueError for a negative count.
+    prompt tokens is believed up to all of them. ValueError for a negative count or percentage.
     """
-    if min(prompt, cached, completion) < 0:
+    if prompt < 0 or cached < 0 or completion < 0 or percent < 0:
         raise ValueError(
-            f"token counts can't be negative: prompt {prompt}, cached {cached}, completion {completion}"
+            f"no count can be negative: prompt {prompt}, cached {cached}, completion {completion}, "
+            f"percent {percent}"
         )
     cached = min(cached, prompt)
     exact = (
@@ -67,18 +101,21 @@ def cost_nano(price: Price, prompt: int, cached: int, completion: int) -> int:
         + cached * price.cached_nano
         + completion * price.completion_nano
     )
-    return -(-exact // TOKENS_PER_PRICE)
+    return -(-exact * percent // (ONLINE_PERCENT * TOKENS_PER_PRICE))
 
 
 class PriceBook:
-    """Every entry, by model and moment."""
+    """Every entry, by model or type of job, and moment."""
 
-    def __init__(self, entries: Mapping[str, tuple[Price, ...]]) -> None:
-        """`entries`: for each model, and for "default", its prices in the order of `effective_from`."""
+    def __init__(
+        self, entries: Mapping[str, tuple[Price, ...]], jobs: Mapping[str, tuple[JobPrice, ...]] | None = None
+    ) -> None:
+        """`entries`: for each model, and for "default", its prices in the order of `effective_from`; `jobs` likewise."""
         self._entries = dict(entries)
         self._starts = {
             model: [price.effective_from for price in prices] for model, prices in entries.items()
         }
+        self._jobs = dict(jobs or {})
 
     @classmethod
     def load(cls, path: Path | None = None) -> "PriceBook":
@@ -91,7 +128,8 @@ class PriceBook:
             raise BadPriceBook(f"{file}: can't be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadPriceBook(f"{file}: not TOML: {error}") from error
-        return cls(_Reader(file).entries(tables))
+        reader = _Reader(file)
+        return cls(reader.entries(tables), reader.jobs(tables))
 
     def price(self, model: str, at: float) -> Price:
         """The one entry for a turn of `model` that starts `at` (unix seconds)."""
@@ -105,6 +143,14 @@ class PriceBook:
         """The models that the book names."""
         return tuple(model for model in self._entries if model != DEFAULT)
 
+    def job_price(self, type: str, at: float) -> JobPrice:  # noqa: A002 - the contract's word for it
+        """The one entry for a job of `type` that starts `at` (unix seconds); raises NoJobPrice."""
+        entries = self._jobs.get(type) or self._jobs.get(DEFAULT)
+        if entries is None:
+            raise NoJobPrice(f"jobs of type {type!r} have no price: the price book needs [jobs.{type}]")
+        starts = [entry.effective_from for entry in entries]  # jobs are few: no index of starts
+        return entries[max(0, bisect_right(starts, at) - 1)]
+
 
 class _Reader:
     """Turns TOML tables into entries; every complaint says where."""
@@ -113,7 +159,7 @@ class _Reader:
         self._file = file
 
     def entries(self, tables: dict[str, Any]) -> dict[str, tuple[Price, ...]]:
-        self._know("the top level", tables, (DEFAULT, "models"))
+        self._know("the top level", tables, (DEFAULT, "models", "jobs"))
         if DEFAULT not in tables:
             raise BadPriceBook(f"{self._file}: [default] is missing: the prices of models that have no table")
         models = tables.get("models", {})
@@ -126,24 +172,51 @@ class _Reader:
             found[name] = self._model(name, f'[models."{name}"]', table)
         return found
 
+    def jobs(self, tables: dict[str, Any]) -> dict[str, tuple[JobPrice, ...]]:
+        jobs = tables.get("jobs", {})
+        if not isinstance(jobs, dict):
+            raise BadPriceBook(f"{self._file}: [jobs.TYPE] tables are expected")
+        return {name: self._job(name, f"[jobs.{name}]", table) for name, table in jobs.items()}
+
+    def _job(self, name: str, where: str, table: Any) -> tuple[JobPrice, ...]:
+        def entry(inside: str, fields: dict[str, Any], start: float) -> JobPrice:
+            return JobPrice(name, self._price(inside, "minute", fields.get("minute"), "a minute"), start)
+
+        self._know(where, table, ("minute", "changes"))
+        return self._dated(where, table, ("minute",), entry)
+
     def _model(self, model: str, where: str, table: Any) -> tuple[Price, ...]:
-        """A table holds the first prices; each `changes` entry holds the next ones and when they begin."""
         self._know(where, table, (*PRICES, *SIZES, "changes"))
         sizes = {name: self._size(where, name, table[name]) for name in SIZES if name in table}
-        prices = [Price(model, *self._prices(where, table), 0.0, **sizes)]
+
+        def entry(inside: str, fields: dict[str, Any], start: float) -> Price:
+            return Price(model, *self._prices(inside, fields), start, **sizes)
+
+        return self._dated(where, table, PRICES, entry)
+
+    def _dated(
+        self,
+        where: str,
+        table: dict[str, Any],
+        names: tuple[str, ...],
+        entry: Callable[[str, dict[str, Any], float], Entry],
+    ) -> tuple[Entry, ...]:
+        """A table holds the first prices; each `changes` entry holds the next ones and when they begin."""
+        entries, last = [entry(where, table, 0.0)], 0.0
         changes = table.get("changes", [])
         if not isinstance(changes, list):
             raise self._bad(where, "changes", changes, f"an array of tables, [[{where.strip('[]')}.changes]]")
         for number, change in enumerate(changes, 1):
             inside = f"{where} changes entry {number}"
-            self._know(inside, change, (*PRICES, "effective_from"))
+            self._know(inside, change, (*names, "effective_from"))
             start = self._moment(inside, change)
-            if start <= prices[-1].effective_from:
+            if start <= last:
                 raise self._bad(
                     inside, "effective_from", change["effective_from"], "later than the entry before it"
                 )
-            prices.append(Price(model, *self._prices(inside, change), start, **sizes))
-        return tuple(prices)
+            entries.append(entry(inside, change, start))
+            last = start
+        return tuple(entries)
 
     def _prices(self, where: str, table: dict[str, Any]) -> tuple[int, int, int]:
         prompt, cached, completion = (self._price(where, name, table.get(name)) for name in PRICES)
@@ -151,8 +224,8 @@ class _Reader:
             raise self._bad(where, "cached_prompt", table["cached_prompt"], "at most the price of `prompt`")
         return prompt, cached, completion
 
-    def _price(self, where: str, name: str, value: Any) -> int:
-        allowed = 'a text of major units for a million tokens such as "0.40", 0 or more, at most 9 decimals'
+    def _price(self, where: str, name: str, value: Any, unit: str = "for a million tokens") -> int:
+        allowed = f'a text of major units {unit} such as "0.40", 0 or more, at most 9 decimals'
         if not isinstance(value, str) or TEXT_OF_A_PRICE.fullmatch(value) is None:
             raise self._bad(where, name, value, allowed)
         return parse_amount(value)
