@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.prices import BadPriceBook, Price, PriceBook, cost_nano
+from billing.prices import BadPriceBook, NoJobPrice, Price, PriceBook, cost_nano
 
 TOKENS = st.integers(0, 10**7)
 NANO_PRICES = st.integers(0, 10**12)
@@ -25,6 +25,7 @@ cached_prompt = "1"
 completion = "4.5"
 context_length = 8192
 vram_required_gb = 1.5
+image_tokens = 1600
 
 [[models."org/m".changes]]
 effective_from = 2027-01-01
@@ -37,6 +38,13 @@ effective_from = 2027-06-01T03:00:00+03:00
 prompt = "1"
 cached_prompt = "0"
 completion = "1"
+
+[jobs.training]
+minute = "0.50"
+
+[[jobs.training.changes]]
+effective_from = 2027-01-01
+minute = "0.60"
 """
 
 
@@ -74,6 +82,15 @@ def test_an_engine_that_reports_more_cached_than_prompt_tokens_is_believed_up_to
     assert cost_nano(Price("m", 10**9, 10**6, 0), 5, 9, 0) == 5
 
 
+@given(NANO_PRICES, NANO_PRICES, TOKENS, TOKENS, st.integers(0, 100))
+def test_a_percentage_of_a_price_is_rounded_up_once_too(
+    prompt_nano: int, completion_nano: int, prompt: int, completion: int, percent: int
+) -> None:
+    price = Price("m", prompt_nano, 0, completion_nano)
+    exact = Fraction((prompt * prompt_nano + completion * completion_nano) * percent, 100 * 10**6)
+    assert 0 <= cost_nano(price, prompt, 0, completion, percent) - exact < 1
+
+
 @pytest.mark.parametrize("counts", [(-1, 0, 0), (0, -1, 0), (0, 0, -1)])
 def test_negative_counts_are_refused(counts: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="negative"):
@@ -94,6 +111,21 @@ def test_what_the_book_tells_of_a_model_goes_with_each_of_its_prices(tmp_path: P
     assert (price.context_length, price.max_tokens, price.vram_required_gb) == (8192, None, 1.5)
 
 
+def test_a_minute_of_a_job_costs_what_held_when_it_started(tmp_path: Path) -> None:
+    book = load(tmp_path, BOOK)
+    first, second = (book.job_price("training", moment(year, 6, 1)) for year in (2026, 2027))
+    assert (first.minute_nano, first.ref) == (500_000_000, "jobs.training@start")
+    assert (second.minute_nano, second.ref) == (600_000_000, "jobs.training@2027-01-01T00:00:00Z")
+
+
+def test_a_type_of_job_without_a_table_has_the_default_price_or_none(tmp_path: Path) -> None:
+    with pytest.raises(NoJobPrice, match=r"needs \[jobs.rendering\]"):
+        load(tmp_path, BOOK).job_price("rendering", 0)
+    book = load(tmp_path, BOOK + '\n[jobs.default]\nminute = "0.10"\n')
+    assert book.job_price("rendering", 0).ref == "jobs.default@start"
+    assert book.job_price("training", 0).minute_nano == 500_000_000
+
+
 def test_a_model_without_a_table_has_the_default_price(tmp_path: Path) -> None:
     book = load(tmp_path, BOOK)
     assert book.price("unheard/of", 0).ref == "default@start"
@@ -103,6 +135,13 @@ def test_a_model_without_a_table_has_the_default_price(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("image_tokens = 1600", "image_tokens = 0", "image_tokens: 0; allowed: a whole number, 1 or more"),
+        ("image_tokens = 1600", 'video_tokens = "9"', "video_tokens: '9'; allowed"),
+        ('minute = "0.50"', "minute = 0.5", r"\[jobs.training\] minute: 0.5; allowed: a text of .* a minute"),
+        ('minute = "0.50"', "", "minute: missing; allowed"),
+        ('minute = "0.50"', 'hour = "0.50"', "hour: '0.50'; allowed: one of the fields minute, changes"),
+        ('minute = "0.60"', 'prompt = "0.60"', "changes entry 1 prompt: '0.60'; allowed: one of the fields"),
+        ("[jobs.training]", "[[jobs]]", r"\[jobs.TYPE\] tables are expected|not TOML"),
         ('prompt = "2"', "prompt = 2.0", r'prices\.toml: \[models\."org/m"\] prompt: 2\.0; allowed: a text'),
         ('prompt = "2"', 'prompt = "-2"', r"prompt: '-2'; allowed"),
         ('prompt = "2"', 'prompt = "0.0000000001"', "at most 9 decimals"),
