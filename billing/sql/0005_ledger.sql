@@ -127,7 +127,7 @@ begin
     insert into ledger_accounts (kind, owner_id, shard)
         select distinct w.kind, w.owner_id, w.shard
         from unnest(kinds, owners, shards, ids) as w (kind, owner_id, shard, id)
-        where w.id is null
+        where w.id is null and w.kind is not null
         order by 1, 2, 3
         on conflict do nothing;
     return find_ledger_accounts(kinds, owners, shards);
@@ -227,4 +227,196 @@ begin
         from unnest(loss_ids, earnings, loss_shares) as w (loss_id, earned, loss_share)
         where loss_share > 0;
 end
+$$;
+
+-- A transfer as it is asked for; billing/ledger.py says what each field means. Of a resolution, what is null is as
+-- its pending transfer has it.
+create type wanted_transfer as (
+    id uuid, debit_kind text, debit_owner bigint, debit_id bigint, credit_kind text, credit_owner bigint,
+    credit_id bigint, amount_nano bigint, kind text, phase text, pending_id uuid, idempotency_key text,
+    posting_id uuid, incarnation_id uuid, cause text, expires_at timestamptz
+);
+
+-- A batch in its order, each by itself: [{status, id, reason, field}]. All that it touches is locked before anything is
+-- done: first the idempotency keys (256 buckets of advisory locks, so that a large batch can't fill the lock table), then
+-- the accounts; both in order.
+create function apply_transfers(batch jsonb, platform_shard smallint) returns jsonb language plpgsql as $$
+declare
+    wanted  wanted_transfer[];
+    one     wanted_transfer;
+    locked  bigint[];
+    bucket  integer;
+    results jsonb := '[]';
+begin
+    select array_agg(w) into wanted from jsonb_populate_recordset(null::wanted_transfer, batch) as w;
+    for bucket in
+        select distinct hashtext(w.idempotency_key) & 255 from unnest(wanted) as w
+        where w.idempotency_key is not null order by 1
+    loop
+        perform pg_advisory_xact_lock(1819632743, bucket); -- any number that is nobody else's
+    end loop;
+    wanted := name_accounts(wanted, platform_shard);
+    select array_agg(id) into locked from (
+        select unnest(array[w.debit_id, w.credit_id]) from unnest(wanted) as w
+        union
+        select unnest(array[p.debit_id, p.credit_id]) from unnest(wanted) as w join transfers p on p.id = w.pending_id
+    ) as touched (id) where id is not null;
+    perform id from ledger_accounts where id = any (locked) order by id for no key update;
+    foreach one in array wanted loop
+        results := results || coalesce(
+            repeated_transfer(one),
+            case when one.pending_id is null then move_amount(one) else resolve_pending(one, locked) end
+        );
+    end loop;
+    return results;
+end
+$$;
+
+create function name_accounts(wanted wanted_transfer[], platform_shard smallint) returns wanted_transfer[]
+language plpgsql as $$
+declare
+    ids bigint[];
+begin
+    with sides as (
+        select w.n, s.side, s.kind, s.owner, (case
+            when s.kind in ('fee', 'clearing', 'promotions', 'receivables', 'loss') then platform_shard else 0
+        end)::smallint as shard
+        from unnest(wanted) with ordinality as w (
+            id, debit_kind, debit_owner, debit_id, credit_kind, credit_owner, credit_id, amount_nano, kind, phase,
+            pending_id, idempotency_key, posting_id, incarnation_id, cause, expires_at, n
+        ),
+        lateral (values (1, w.debit_kind, w.debit_owner), (2, w.credit_kind, w.credit_owner)) as s (side, kind, owner)
+    )
+    select open_ledger_accounts(
+        array_agg(kind order by n, side), array_agg(owner order by n, side), array_agg(shard order by n, side)
+    ) into ids from sides;
+    for i in 1 .. cardinality(wanted) loop
+        wanted[i].debit_id := ids[2 * i - 1];
+        wanted[i].credit_id := ids[2 * i];
+    end loop;
+    return wanted;
+end
+$$;
+
+-- Null if there was none of this id or key; else what the first one was, or in which field it differs.
+create function repeated_transfer(wanted wanted_transfer) returns jsonb language plpgsql as $$
+declare
+    first transfers;
+    field text;
+begin
+    select * into first from transfers where idempotency_key = wanted.idempotency_key;
+    if not found then
+        select * into first from transfers where id = wanted.id;
+        if not found then
+            return null;
+        end if;
+    end if;
+    field := case
+        when first.idempotency_key is distinct from wanted.idempotency_key then 'idempotency_key'
+        when first.phase <> wanted.phase then 'phase'
+        when first.pending_id is distinct from wanted.pending_id then 'pending'
+        when first.kind <> wanted.kind then 'kind'
+        when first.amount_nano <> wanted.amount_nano then 'amount'
+        when not is_ledger_account(first.debit_id, wanted.debit_kind, wanted.debit_owner) then 'debit'
+        when not is_ledger_account(first.credit_id, wanted.credit_kind, wanted.credit_owner) then 'credit'
+    end;
+    return jsonb_build_object(
+        'status', case when field is null then 'repeated' else 'conflict' end, 'id', first.id, 'field', field
+    );
+end
+$$;
+
+-- Whichever shard it is: a repeat may come through another process. Nothing was said: it is.
+create function is_ledger_account(account bigint, as_kind text, as_owner bigint) returns boolean
+language sql stable as $$
+    select as_kind is null
+        or exists (select from ledger_accounts l
+                   where l.id = account and l.kind = as_kind and l.owner_id is not distinct from as_owner)
+$$;
+
+create function refusal(reason text, first uuid default null) returns jsonb language sql immutable as $$
+    select jsonb_build_object('status', 'refused', 'reason', reason, 'id', first)
+$$;
+
+-- Posted or pending; both accounts are locked.
+create function move_amount(wanted wanted_transfer) returns jsonb language plpgsql as $$
+declare
+    amount bigint := wanted.amount_nano;
+    moved  bigint := case when wanted.phase = 'posted' then amount else 0 end;
+begin
+    if exists (
+        select from ledger_accounts where id = wanted.debit_id and kind in ('wallet', 'earnings', 'withdrawals')
+        and credit_nano - debit_nano - pending_debit_nano - leased_nano < amount
+    ) then
+        return refusal('insufficient_funds');
+    end if;
+    perform write_transfer(wanted);
+    if wanted.phase = 'pending' then
+        insert into open_transfers (id, expires_at) values (wanted.id, wanted.expires_at);
+    end if;
+    update ledger_accounts set debit_nano = debit_nano + moved, pending_debit_nano = pending_debit_nano + amount - moved
+        where id = wanted.debit_id;
+    update ledger_accounts
+        set credit_nano = credit_nano + moved, pending_credit_nano = pending_credit_nano + amount - moved
+        where id = wanted.credit_id;
+    return jsonb_build_object('status', 'done', 'id', wanted.id);
+end
+$$;
+
+-- Post, void or expire. A pending transfer that was not there when the accounts were locked is not looked at.
+create function resolve_pending(wanted wanted_transfer, locked bigint[]) returns jsonb language plpgsql as $$
+declare
+    pending transfers;
+    before  transfers;
+    moved   bigint;
+    is_due  boolean;
+begin
+    select * into pending from transfers
+        where id = wanted.pending_id and phase = 'pending' and debit_id = any (locked) and credit_id = any (locked);
+    if not found then
+        return refusal('pending_unknown');
+    end if;
+    select * into before from transfers where pending_id = pending.id;
+    if found then
+        return refusal(case before.phase
+            when 'post' then 'already_posted' when 'void' then 'already_voided' else 'already_expired'
+        end, before.id);
+    end if;
+    is_due := coalesce(pending.expires_at <= clock_timestamp(), false);
+    if not is_ledger_account(pending.debit_id, wanted.debit_kind, wanted.debit_owner)
+        or not is_ledger_account(pending.credit_id, wanted.credit_kind, wanted.credit_owner)
+    then
+        return refusal('other_accounts');
+    elsif wanted.phase = 'post' and wanted.amount_nano > pending.amount_nano then
+        return refusal('exceeds_pending');
+    elsif wanted.phase = 'post' and is_due then
+        return refusal('pending_expired');
+    elsif wanted.phase = 'expire' and not is_due then
+        return refusal('not_due');
+    end if;
+    wanted.debit_id := pending.debit_id;
+    wanted.credit_id := pending.credit_id;
+    wanted.kind := coalesce(wanted.kind, pending.kind);
+    wanted.amount_nano := coalesce(wanted.amount_nano, pending.amount_nano);
+    moved := case when wanted.phase = 'post' then wanted.amount_nano else 0 end;
+    perform write_transfer(wanted);
+    delete from open_transfers where id = pending.id;
+    update ledger_accounts set
+        debit_nano = debit_nano + moved, pending_debit_nano = pending_debit_nano - pending.amount_nano
+        where id = pending.debit_id;
+    update ledger_accounts set
+        credit_nano = credit_nano + moved, pending_credit_nano = pending_credit_nano - pending.amount_nano
+        where id = pending.credit_id;
+    return jsonb_build_object('status', 'done', 'id', wanted.id);
+end
+$$;
+
+create function write_transfer(wanted wanted_transfer) returns void language sql as $$
+    insert into transfers (
+        id, debit_id, credit_id, amount_nano, phase, kind, pending_id, idempotency_key, posting_id, incarnation_id,
+        cause, expires_at
+    ) values (
+        wanted.id, wanted.debit_id, wanted.credit_id, wanted.amount_nano, wanted.phase, wanted.kind, wanted.pending_id,
+        wanted.idempotency_key, wanted.posting_id, wanted.incarnation_id, wanted.cause, wanted.expires_at
+    )
 $$;
