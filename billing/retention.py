@@ -24,6 +24,10 @@ DAYS_AHEAD = 7
 LOCK_TIMEOUT_MS = 2000
 """A long report must not make this, and with it every writer behind it, wait: the next run tries again."""
 
+OLDEST_SHIPPED = "date_trunc('day', clock_timestamp(), 'UTC') - make_interval(days => {days}::int - 1)"
+"""Turns from before it are not taken any more, given the retention. A day later their partition goes: so a turn that
+comes again either finds its row or is too old to be charged."""
+
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 NAME = re.compile(r"usage_([0-9]{8})")

@@ -69,8 +69,9 @@ COLUMNS = {
     "outcome": "text",
     "status": "integer", "prompt_tokens": "bigint", "cached_tokens": "bigint", "completion_tokens": "bigint",
     "estimated": "boolean", "ttft_ms": "bigint", "duration_ms": "bigint", "amount_nano": "bigint",
-    "price_ref": "text",
+    "price_ref": "text", "provider_id": "bigint", "loss_nano": "bigint",
 }  # fmt: skip
+"""What PostgreSQL keeps of a record: its first fields, in their order."""
 
 # One statement, so all or nothing. A batch whose answer was lost is sent again, finds its rows and charges
 # nobody. Accounts are locked in the order of their ids, so that two writers can't wait for each other.

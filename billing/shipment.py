@@ -1,0 +1,249 @@
+"""One batch of a journal on its way into the book: rows, postings, budgets, rollups and the new position, all or nothing.
+
+A batch comes as the journal has it and PostgreSQL decodes it: this process's core is for turns. When batches are sent
+and what becomes of refused ones is shipper.py's.
+"""
+
+# ruff: noqa: S608 (statements are put together from this module's own texts, values are parameters)
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import asyncpg
+
+from billing.journal_files import START, Batch, Position
+from billing.ledger import Connection, Posting, post_turns, share_nano
+from billing.retention import OLDEST_SHIPPED
+from billing.usage import COLUMNS
+from config.defaults import Settings
+from config.ids import uuid7
+
+LOCK = """
+select shipped_segment, shipped_offset, state = 'live' as is_live from incarnations where id = $1 for no key update
+"""
+
+ADVANCE = """
+update incarnations set shipped_segment = $2, shipped_offset = $3,
+    seen_at = case when state = 'live' then clock_timestamp() else seen_at end
+where id = $1
+"""
+
+# Element n + 1 of a record's list is its field n (billing/records.py).
+_FIELDS = ",\n        ".join(
+    f"to_timestamp((r ->> {n})::float8) as {name}"
+    if name == "started_at"
+    else f"(r ->> {n})::{kind} as {name}"
+    for n, (name, kind) in enumerate(COLUMNS.items(), 1)
+)
+_BUDGETS = len(COLUMNS) + 1
+_KEY = len(COLUMNS) + 2
+
+# One row of the answer is: of turns, what those that are new have in common; of a budget, what it is charged; a claim;
+# how many are too old. A posting's id is made from a UUIDv7 of ours ($2), so that those of a time lie together.
+INSERT = f"""
+with sent as materialized (
+    select {_FIELDS},
+        r -> {_BUDGETS} as budgets,
+        r ->> {_KEY} as idempotency_key
+    from jsonb_array_elements($1::text::jsonb) as r
+), named as (
+    select *, case when amount_nano > 0 then
+        first_value((substr($2, 1, 19) || substr(gen_random_uuid()::text, 20))::uuid)
+            over (partition by account_id, provider_id)
+    end as posting_id
+    from sent
+), fresh as (
+    insert into usage ({", ".join(COLUMNS)}, posting_id)
+    select {", ".join(COLUMNS)}, posting_id from named
+    on conflict do nothing
+    returning *
+)
+select 'turns' as kind, account_id, provider_id, posting_id, key_id, model, date_trunc('hour', started_at, 'UTC') as at,
+    count(*) as turns, sum(prompt_tokens)::bigint as prompt_tokens, sum(cached_tokens)::bigint as cached_tokens,
+    sum(completion_tokens)::bigint as completion_tokens, sum(amount_nano)::bigint as amount_nano,
+    sum(loss_nano)::bigint as loss_nano
+from fresh group by account_id, provider_id, posting_id, key_id, model, date_trunc('hour', started_at, 'UTC')
+union all
+select 'budget', (b ->> 0)::bigint, null, null, null, null,
+    case when b ->> 1 is null then '-infinity' else to_timestamp((b ->> 1)::float8) end,
+    null, null, null, null, sum(s.amount_nano)::bigint, null
+from (select distinct on (turn_id) turn_id, amount_nano, budgets from sent
+      where amount_nano > 0 and budgets <> '[]') as s
+join fresh using (turn_id) cross join lateral jsonb_array_elements(s.budgets) as b group by 2, 7
+union all
+select 'claim', account_id, null, turn_id, null, idempotency_key, null, null, null, null, null, null, null
+from sent where idempotency_key is not null
+union all
+select 'old', null, null, null, null, null, null, count(*), null, null, null, null, null
+from sent where started_at < {OLDEST_SHIPPED.format(days="$3")} having count(*) > 0
+"""
+
+_SUMS = ("turns", "prompt_tokens", "cached_tokens", "completion_tokens", "amount_nano")
+_ADDED = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in _SUMS)
+
+
+def _rollup(table: str, period: str, of_hour: str) -> str:
+    """Rows are taken in the order of their keys, so that two shippers can't wait for each other."""
+    return f"""
+insert into {table} as r (account_id, {period}, key_id, model, {", ".join(_SUMS)})
+select account_id, {of_hour}, key_id, model, {", ".join(f"sum({name})::bigint" for name in _SUMS)}
+from unnest($1::bigint[], $2::timestamptz[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
+    $8::bigint[], $9::bigint[]) as a (account_id, hour, key_id, model, {", ".join(_SUMS)})
+group by 1, 2, 3, 4 order by 1, 2, 3, 4
+on conflict (account_id, {period}, key_id, model) do update set {_ADDED}
+"""
+
+
+ROLLUPS = (
+    _rollup("usage_hours", "hour", "hour"),
+    _rollup("usage_days", "day", "(hour at time zone 'UTC')::date"),
+)
+
+# To the minute, which spares most writes; a row that somebody else holds is left for the next batch.
+TOUCH_KEYS = """
+update api_keys set last_used_at = clock_timestamp() where id in (
+    select id from api_keys
+    where id = any($1::bigint[]) and coalesce(last_used_at < clock_timestamp() - interval '1 minute', true)
+    for no key update skip locked
+)
+"""
+
+FINISH_CLAIMS = """
+update idempotency_claims c set state = 'finished', finished_at = clock_timestamp()
+from unnest($1::bigint[], $2::text[], $3::uuid[]) as done (account_id, key, turn_id)
+where c.account_id = done.account_id and c.key = done.key and c.turn_id = done.turn_id and c.state = 'running'
+"""
+
+QUARANTINE = (
+    "insert into usage_quarantine (turn_id, reason, record) values ($1, $2, $3) on conflict do nothing"
+)
+
+
+class UnknownIncarnation(LookupError):
+    """This database knows nothing of the journal's process."""
+
+
+class TooOld(ValueError):
+    """A turn from before the usage that is kept: whether it was charged already can't be seen any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far the book has an incarnation's journal, and whether its leases still pay."""
+
+    position: Position
+    is_live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What became of a batch. None of `turns` where the book was elsewhere: then `place` says where."""
+
+    place: Place
+    is_done: bool
+    turns: int = 0  # the new ones
+    amount_nano: int = 0
+    loss_nano: int = 0
+    charged: tuple[
+        tuple[int, int], ...
+    ] = ()  # account, amount: of new turns, if it was charged to the wallet
+
+
+async def read_place(connection: Connection, incarnation_id: UUID) -> Place:
+    """Lock the incarnation's row: nobody else ships it, and nobody gives it up, before the transaction ends."""
+    row = await connection.fetchrow(LOCK, incarnation_id)
+    if row is None:
+        raise UnknownIncarnation(str(incarnation_id))
+    position = Position(row["shipped_segment"], row["shipped_offset"])
+    return Place(max(position, START), row["is_live"])
+
+
+async def ship(
+    connection: Connection, incarnation_id: UUID, batch: Batch, settings: Settings, shard: int
+) -> Shipped:
+    """The batch in the caller's transaction, if the book is where it starts.
+
+    Raises what PostgreSQL says of a record that it refuses, TooOld, UnknownIncarnation.
+    """
+    place = await read_place(connection, incarnation_id)
+    if place.position != batch.start:
+        return Shipped(place, is_done=False)
+    text = (b"[" + b",".join(batch.payloads) + b"]").decode()
+    rows = await connection.fetch(INSERT, text, str(uuid7()), settings.usage_retention_days)
+    kinds: dict[str, list[asyncpg.Record]] = {"turns": [], "budget": [], "claim": [], "old": []}
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    if kinds["old"]:
+        raise TooOld(
+            "it started before the usage that is kept: whether it was charged can't be seen any more"
+        )
+    turns = kinds["turns"]
+    postings = _postings(turns, settings)
+    if postings:
+        await post_turns(connection, incarnation_id, postings, from_loss=not place.is_live, shard=shard)
+    if kinds["budget"] and place.is_live:  # a budget's leases are given up with those of the wallet
+        from billing.budgets import post_budgets
+
+        charges = [(row["account_id"], row["at"], row["amount_nano"]) for row in kinds["budget"]]
+        await post_budgets(connection, incarnation_id, charges)
+    if turns:
+        await _add_up(connection, turns)
+    if kinds["claim"]:
+        claims = [(row["account_id"], row["model"], row["posting_id"]) for row in kinds["claim"]]
+        await connection.execute(FINISH_CLAIMS, *map(list, zip(*sorted(claims), strict=True)))
+    await connection.execute(ADVANCE, incarnation_id, *batch.next)
+    return Shipped(
+        place,
+        is_done=True,
+        turns=sum(row["turns"] for row in turns),
+        amount_nano=sum(row["amount_nano"] for row in turns),
+        loss_nano=sum(row["loss_nano"] for row in turns),
+        charged=tuple((posting.account_id, posting.amount_nano) for posting in postings),
+    )
+
+
+async def quarantine(
+    connection: Connection, incarnation_id: UUID, batch: Batch, record: tuple[str, str], reason: str
+) -> Shipped:
+    """Put what a batch has, one record or one bad piece, aside as (its id, its text), and go on behind it."""
+    place = await read_place(connection, incarnation_id)
+    if place.position != batch.start:
+        return Shipped(place, is_done=False)
+    await connection.execute(QUARANTINE, record[0], ascii(reason)[1:-1], record[1])
+    await connection.execute(ADVANCE, incarnation_id, *batch.next)
+    return Shipped(place, is_done=True)
+
+
+def _postings(turns: Iterable[asyncpg.Record], settings: Settings) -> list[Posting]:
+    """One for each account and provider; the share is rounded once, of the sum."""
+    sums: dict[tuple[int, int | None], tuple[UUID | None, int, int]] = {}
+    for row in turns:
+        group = (row["account_id"], row["provider_id"])
+        id_, amount_nano, loss_nano = sums.get(group, (None, 0, 0))
+        sums[group] = (
+            id_ or row["posting_id"],
+            amount_nano + row["amount_nano"],
+            loss_nano + row["loss_nano"],
+        )
+    return [
+        # Only a loss: no turn names it, as none cost anything.
+        Posting(id_ or uuid7(), *group, amount_nano, *_shares(group[1], amount_nano, loss_nano, settings))
+        for group, (id_, amount_nano, loss_nano) in sums.items()
+        if amount_nano or (loss_nano and group[1] is not None)
+    ]
+
+
+def _shares(provider_id: int | None, amount_nano: int, loss_nano: int, settings: Settings) -> tuple[int, int]:
+    if provider_id is None:
+        return 0, 0
+    share_bp, rounding = settings.provider_share_bp, settings.provider_share_rounding
+    return share_nano(amount_nano, share_bp, rounding), share_nano(loss_nano, share_bp, rounding)
+
+
+async def _add_up(connection: Connection, turns: Sequence[asyncpg.Record]) -> None:
+    names = ("account_id", "at", "key_id", "model", *_SUMS)
+    columns = [[row[name] for row in turns] for name in names]
+    for statement in ROLLUPS:
+        await connection.execute(statement, *columns)
+    await connection.execute(TOUCH_KEYS, sorted(set(columns[2])))
