@@ -1,4 +1,4 @@
-"""Owns `poolgate account`: make, list, show and credit accounts.
+"""Owns `poolgate account`: make, list, show, credit and suspend accounts.
 
 What an account is, and its row, are gateway/identity/accounts.py's.
 """
@@ -9,11 +9,19 @@ from typing import Any
 import asyncpg
 
 from billing.money import format_amount, parse_amount
+from billing.recalls import Recalled
 from config.defaults import Settings
 from gateway.cli.output import Refused, print_json, print_table, when
 from gateway.cli.parsing import Parser, add_command, add_group, json_option, settings_options
 from gateway.cli.stores import with_database
-from gateway.identity.accounts import Account, AccountExists, AccountStore, UnknownAccount
+from gateway.identity.accounts import (
+    Account,
+    AccountExists,
+    AccountStore,
+    TooLittleAvailable,
+    UnknownAccount,
+    UnknownTimeZone,
+)
 
 DETAILS = """\
 An account is a person or an organisation with a wallet: a renter (buys inference), a provider (owns nodes),
@@ -22,7 +30,7 @@ an admin, or several of these. Amounts are in the configured currency."""
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = add_command(
-        commands, "account", "make, list, show and credit accounts", details=DETAILS,
+        commands, "account", "make, list, show, credit and suspend accounts", details=DETAILS,
         examples="  poolgate account create --name acme --balance 50.00\n  poolgate account list",
     )  # fmt: skip
     group = add_group(parser)
@@ -57,9 +65,34 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     credit.add_argument("account", metavar="NAME", help="name or id of the account")
     credit.add_argument("amount", metavar="AMOUNT", help="how much, such as 25.00; a negative one takes back")
 
+    zone = add_command(
+        group, "zone", "set whose midnight ends an account's days", run=run_zone, options=shared,
+        details="Budget windows and statements go by it; a window that has begun ends when it was going to.",
+        examples="  poolgate account zone acme Asia/Riyadh",
+    )  # fmt: skip
+    zone.add_argument("account", metavar="NAME", help="name or id of the account")
+    zone.add_argument(
+        "zone", metavar="ZONE", help="a name of the IANA time zone database, such as Asia/Riyadh"
+    )
+
+    suspend = add_command(
+        group, "suspend", "refuse an account's keys", run=run_suspend, options=shared,
+        details="What gateway processes have leased of its wallet is recalled; turns that run are not cut.",
+        examples="  poolgate account suspend acme",
+    )  # fmt: skip
+    suspend.add_argument("account", metavar="NAME", help="name or id of the account")
+
+    resume = add_command(
+        group, "resume", "let a suspended account's keys work again", run=run_resume, options=shared,
+        examples="  poolgate account resume acme",
+    )  # fmt: skip
+    resume.add_argument("account", metavar="NAME", help="name or id of the account")
+
 
 def run_create(args: argparse.Namespace) -> int:
     balance_nano = amount_of(args.balance)
+    if balance_nano < 0:
+        raise Refused(f"--balance {args.balance}: a new account can't begin below zero")
     if not args.name.strip():
         raise Refused("the name is empty: give one with --name")
 
@@ -92,9 +125,18 @@ def run_list(args: argparse.Namespace) -> int:
         print_json([as_json(account, settings) for account in accounts])
     else:
         print_table(
-            ("ID", "NAME", ">BALANCE", "STATUS", "ROLES", "MADE"),
+            ("ID", "NAME", ">BALANCE", ">HELD", ">SPENT", "STATUS", "ROLES", "MADE"),
             [
-                (a.id, a.name, balance(a, settings), a.status, ", ".join(roles(a)), when(a.created_at))
+                (
+                    a.id,
+                    a.name,
+                    balance(a, settings),
+                    amount(a.held_nano, settings),
+                    amount(a.spent_nano, settings),
+                    a.status,
+                    ", ".join(roles(a)),
+                    when(a.created_at),
+                )
                 for a in accounts
             ],
             empty="no accounts yet: make one with `poolgate account create --name NAME`",
@@ -120,13 +162,72 @@ def run_credit(args: argparse.Namespace) -> int:
     async def work(pool: asyncpg.Pool, settings: Settings) -> tuple[Account, Settings]:
         store = AccountStore(pool)
         account = await find_account(store, args.account)
-        return await store.credit(account.id, amount_nano), settings
+        try:
+            return await store.credit(account.id, amount_nano, cause="poolgate account credit"), settings
+        except TooLittleAvailable:
+            raise Refused(
+                f"only what is available can be taken back: {account.name} has {balance(account, settings)}, and "
+                f"{amount(account.held_nano, settings)} is held. Take back less, or wait for its running turns"
+            ) from None
 
     account, settings = with_database(args, work)
     if args.json:
         print_json(as_json(account, settings))
     else:
         print(f"{account.name}: the balance is now {balance(account, settings)}")
+    return 0
+
+
+def run_zone(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, settings: Settings) -> tuple[Account, Settings]:
+        store = AccountStore(pool)
+        account = await find_account(store, args.account)
+        try:
+            return await store.set_time_zone(account.id, args.zone), settings
+        except UnknownTimeZone as error:
+            raise Refused(f"{error}: write one such as Asia/Riyadh or UTC") from None
+
+    account, settings = with_database(args, work)
+    if args.json:
+        print_json(as_json(account, settings))
+    else:
+        print(f"{account.name}: days now begin at midnight of {account.time_zone}")
+    return 0
+
+
+def run_suspend(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, settings: Settings) -> tuple[Account, Recalled, Settings]:
+        store = AccountStore(pool)
+        account = await find_account(store, args.account)
+        return *await store.suspend(account.id), settings
+
+    account, left, settings = with_database(args, work)
+    if args.json:
+        print_json(
+            as_json(account, settings)
+            | {"leased_free_nano": left.free_nano, "leased_held_nano": left.held_nano}
+        )
+        return 0
+    print(f"{account.name} is suspended: its keys are refused")
+    print(f"held by turns that still run: {amount(left.held_nano, settings)}")
+    if left.free_nano:
+        print(
+            f"not returned yet by a gateway process that does not answer: {amount(left.free_nano, settings)}"
+        )
+    return 0
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, settings: Settings) -> tuple[Account, Settings]:
+        store = AccountStore(pool)
+        account = await find_account(store, args.account)
+        return await store.set_status(account.id, "active"), settings
+
+    account, settings = with_database(args, work)
+    if args.json:
+        print_json(as_json(account, settings))
+    else:
+        print(f"{account.name} is active: its keys work again")
     return 0
 
 
@@ -147,17 +248,28 @@ def amount_of(text: str) -> int:
 def show(account: Account, settings: Settings) -> None:
     facts = {
         "account": f"{account.name} (id {account.id})",
-        "balance": balance(account, settings),
+        "balance": f"{balance(account, settings)} (at most {settings.lease_report_s:g} s old)",
+        "held": amount(account.held_nano, settings),
+        "spent": f"{amount(account.spent_nano, settings)} in {account.turns:,} turns",
+        "tokens": f"{account.prompt_tokens:,} of prompts, {account.completion_tokens:,} of answers",
+        "earned": amount(account.earnings_nano, settings) if account.is_provider else "",
         "status": account.status,
         "roles": ", ".join(roles(account)),
+        "tier": account.tier or "",
+        "time zone": account.time_zone,
         "made": when(account.created_at),
     }
     for name, value in facts.items():
-        print(f"{name:<9} {value}")
+        if value:
+            print(f"{name:<9} {value}")
 
 
 def balance(account: Account, settings: Settings) -> str:
-    return format_amount(account.balance_nano, settings.currency)
+    return amount(account.balance_nano, settings)
+
+
+def amount(nano: int, settings: Settings) -> str:
+    return format_amount(nano, settings.currency)
 
 
 def roles(account: Account) -> list[str]:
@@ -171,8 +283,17 @@ def as_json(account: Account, settings: Settings) -> dict[str, Any]:
         "name": account.name,
         "balance": format_amount(account.balance_nano, "").strip(),
         "balance_nano": account.balance_nano,
+        "held_nano": account.held_nano,
+        "spent_nano": account.spent_nano,
+        "earnings_nano": account.earnings_nano,
+        "turns": account.turns,
+        "prompt_tokens": account.prompt_tokens,
+        "completion_tokens": account.completion_tokens,
+        "as_of_s": settings.lease_report_s,  # the amounts are at most this old
         "currency": settings.currency,
         "status": account.status,
         "roles": roles(account),
+        "tier": account.tier,
+        "time_zone": account.time_zone,
         "created_at": account.created_at.isoformat(),
     }

@@ -55,7 +55,45 @@ def test_an_account_is_made_listed_shown_and_credited(cli: Cli) -> None:
     assert as_json(cli("account", "show", str(made["id"]), "--json"))["balance"] == "4.25"
     assert [account["name"] for account in as_json(cli("account", "list", "--json"))] == ["acme"]
     assert "4.25 SAR" in cli("account", "list")
-    assert "4.25 SAR" in cli("account", "show", "acme")
+    assert "4.25 SAR (at most 1 s old)" in cli("account", "show", "acme")
+
+
+def test_an_account_shows_what_it_has_and_did(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme", "--balance", "5.00")
+    shown = as_json(cli("account", "show", "acme", "--json"))
+    assert {name: shown[name] for name in ("balance_nano", "held_nano", "spent_nano", "earnings_nano")} == {
+        "balance_nano": 5 * 10**9, "held_nano": 0, "spent_nano": 0, "earnings_nano": 0,
+    }  # fmt: skip
+    assert (shown["turns"], shown["prompt_tokens"], shown["completion_tokens"], shown["as_of_s"]) == (
+        0,
+        0,
+        0,
+        1.0,
+    )
+    assert (shown["tier"], shown["time_zone"]) == (None, "UTC")
+
+
+def test_more_than_is_there_is_not_taken_back(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme", "--balance", "5.00")
+    assert "acme has 5.00 SAR" in cli("account", "credit", "acme", "--", "-5.01", code=1)
+    assert as_json(cli("account", "credit", "acme", "--json", "--", "-5"))["balance_nano"] == 0
+    assert "can't begin below zero" in cli("account", "create", "--name", "b", "--balance=-1", code=1)
+
+
+def test_an_account_is_suspended_and_resumed(cli: Cli, settings: Settings) -> None:
+    cli("account", "create", "--name", "acme")
+    key = as_json(cli("key", "create", "--account", "acme", "--json"))
+    assert "held by turns that still run: 0.00 SAR" in cli("account", "suspend", "acme")
+    assert find(settings, key["key"]) is None
+    assert as_json(cli("account", "suspend", "acme", "--json"))["leased_held_nano"] == 0
+    assert as_json(cli("account", "resume", "acme", "--json"))["status"] == "active"
+    assert find(settings, key["key"]) is not None
+
+
+def test_an_accounts_days_are_its_time_zones(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme")
+    assert as_json(cli("account", "zone", "acme", "Asia/Riyadh", "--json"))["time_zone"] == "Asia/Riyadh"
+    assert "no time zone 'Asia/Atlantis'" in cli("account", "zone", "acme", "Asia/Atlantis", code=1)
 
 
 def test_an_account_name_is_taken_once(cli: Cli) -> None:

@@ -6,17 +6,29 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from uuid import UUID
 
 import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from billing.ledger import Posting, post_turns
+from billing.recalls import Recalled
 from config.changes import ChangeFeed
 from config.clock import SystemClock
 from config.defaults import Settings
-from gateway.identity.accounts import AccountExists, AccountStore, UnknownAccount
+from config.ids import uuid7
+from gateway.identity.accounts import (
+    AccountExists,
+    AccountStore,
+    IdempotencyConflict,
+    TooLittleAvailable,
+    UnknownAccount,
+    UnknownTimeZone,
+)
 from gateway.identity.keyring import InvalidKey, KeyRing, Principal
 from gateway.identity.keys import KeyExists, KeyStore, UnknownKey
+from tests.waiting import eventually
 
 PEPPER = b"pepper-of-the-tests"
 NEVER_S = 3600.0
@@ -78,6 +90,85 @@ async def test_an_account_whose_name_is_a_number_is_found_by_it_before_another_b
     assert await accounts.show(str(first.id)) == named
 
 
+async def test_top_ups_and_take_backs_move_the_balance_once_for_each_key(accounts: AccountStore) -> None:
+    made = await accounts.create("acme", balance_nano=100)
+    for _ in range(2):
+        assert (await accounts.credit(made.id, 50, "order-1")).balance_nano == 150
+    with pytest.raises(IdempotencyConflict, match="amount differs"):
+        await accounts.credit(made.id, 51, "order-1")
+    with pytest.raises(TooLittleAvailable):
+        await accounts.credit(made.id, -151)
+    assert (await accounts.credit(made.id, -150)).balance_nano == 0
+
+
+async def test_balance_held_and_spent_add_up_while_a_process_has_part_of_the_wallet(
+    pool: asyncpg.Pool, accounts: AccountStore
+) -> None:
+    account = await accounts.create("acme", balance_nano=1000)
+    incarnation = await leased(pool, account.id, granted=400, free=150, held=100)
+    shown = await accounts.show(account.id)
+    assert (shown.balance_nano, shown.held_nano, shown.spent_nano) == (600 + 150, 100, 150)
+    await post_turns(
+        pool, incarnation, [Posting(uuid7(), account.id, None, 150, 0)], from_loss=False, shard=0
+    )
+    await pool.execute(
+        "insert into usage_days values ($1, '2026-03-01', 1, 'm', 2, 10, 0, 5, 150)", account.id
+    )
+    shown = await accounts.show(account.id)
+    assert (shown.balance_nano, shown.held_nano, shown.spent_nano) == (600 + 150, 100, 150)
+    assert (shown.turns, shown.prompt_tokens, shown.completion_tokens) == (2, 10, 5)
+    assert await accounts.list() == [shown]
+
+
+async def test_what_processes_have_leased_but_do_not_use_is_recalled_before_a_take_back_is_refused(
+    pool: asyncpg.Pool, accounts: AccountStore
+) -> None:
+    account = await accounts.create("acme", balance_nano=1000)
+    await leased(pool, account.id, granted=400, free=400, held=0)
+
+    async def answer() -> None:
+        await eventually(lambda: pool.fetchval("select true from changes where kind = 'recall'"))
+        await pool.execute("update spend_leases set returned_nano = 400, free_nano = 0")
+        await pool.execute("update ledger_accounts set leased_nano = 0 where kind = 'wallet'")
+
+    credited, _ = await asyncio.gather(accounts.credit(account.id, -1000), answer())
+    assert credited.balance_nano == 0
+
+
+async def test_a_suspension_waits_for_what_is_free_and_tells_what_is_held(
+    pool: asyncpg.Pool, accounts: AccountStore
+) -> None:
+    account = await accounts.create("acme", balance_nano=1000)
+    await leased(pool, account.id, granted=400, free=300, held=100)
+    _, left = await accounts.suspend(account.id, timeout_s=0)
+    assert left == Recalled(free_nano=300, held_nano=100)  # the process does not answer
+    suspending = asyncio.create_task(accounts.suspend(account.id, timeout_s=60))
+    await pool.execute("update spend_leases set returned_nano = 300, free_nano = 0")
+    suspended, left = await suspending
+    assert (suspended.status, left) == ("suspended", Recalled(free_nano=0, held_nano=100))
+
+
+async def leased(pool: asyncpg.Pool, account_id: int, *, granted: int, free: int, held: int) -> UUID:
+    """A process has taken a part of the wallet and reported what of it is free and held."""
+    incarnation = uuid7()
+    await pool.execute(
+        "insert into incarnations (id, host, pid, journal) values ($1, 'h', 1, 'j')", incarnation
+    )
+    await pool.execute(
+        "insert into spend_leases (incarnation_id, account_id, granted_nano, free_nano, held_nano)"
+        " values ($1, $2, $3, $4, $5)", incarnation, account_id, granted, free, held,
+    )  # fmt: skip
+    await pool.execute("update ledger_accounts set leased_nano = $1 where owner_id = $2", granted, account_id)
+    return incarnation
+
+
+async def test_a_time_zone_is_one_that_postgresql_knows(accounts: AccountStore) -> None:
+    account = await accounts.create("acme")
+    assert (await accounts.set_time_zone(account.id, "Asia/Riyadh")).time_zone == "Asia/Riyadh"
+    with pytest.raises(UnknownTimeZone):
+        await accounts.set_time_zone(account.id, "Asia/Atlantis")
+
+
 async def test_a_name_is_taken_once(accounts: AccountStore) -> None:
     await accounts.create("acme")
     with pytest.raises(AccountExists, match="acme"):
@@ -98,11 +189,11 @@ async def test_what_is_not_there_is_said(accounts: AccountStore, keys: KeyStore)
 async def test_a_key_speaks_for_its_account(
     pool: asyncpg.Pool, settings: Settings, accounts: AccountStore, keys: KeyStore
 ) -> None:
-    account = await accounts.create("acme", balance_nano=1)
+    account = await accounts.create("acme")
     key, secret = await keys.create(account.id, prefix="sk-pg-", name="laptop", models=["m"])
     ring = KeyRing(keys, PEPPER, settings, SystemClock())
     assert await ring.load(secret) == Principal(
-        key.id, account.id, "acme", frozenset({"inference"}), frozenset({"m"}), has_funds=True
+        key.id, account.id, "acme", frozenset({"inference"}), frozenset({"m"})
     )
     assert await keys.list(account.id) == await keys.list() == [key]
     assert (key.name, key.prefix, key.models) == ("laptop", secret[:12], ("m",))
@@ -189,21 +280,6 @@ async def test_a_suspended_accounts_keys_are_refused_until_it_is_active_again(
                 break
             except InvalidKey:
                 await asyncio.sleep(0.001)
-
-
-async def test_a_process_hears_when_a_balance_crosses_zero_in_either_direction(
-    pool: asyncpg.Pool, settings: Settings, accounts: AccountStore, keys: KeyStore
-) -> None:
-    account = await accounts.create("acme", balance_nano=10)
-    _, secret = await keys.create(account.id, prefix="sk-pg-")
-    async with process(pool, None, settings) as ring:
-        assert (await ring.load(secret)).has_funds
-        assert (await accounts.credit(account.id, -10)).balance_nano == 0
-        await forgotten(ring, secret)
-        assert not (await ring.load(secret)).has_funds
-        await accounts.credit(account.id, 1)
-        await forgotten(ring, secret)
-        assert (await ring.load(secret)).has_funds
 
 
 class SlowAnswer(KeyStore):
