@@ -293,6 +293,13 @@ class Settings:
         high=1_000_000,
         unit="tokens",
     )
+    tokenize_timeout_s: float = knob(
+        2.0,
+        "how long an engine may take to count a prompt whose bound by bytes is more than the wallet has",
+        low=0.01,
+        high=60,
+        unit="seconds",
+    )
     template_tokens_max: int = knob(
         512,
         "what a chat template may add to a prompt (a default system message, roles), for the hold's upper bound",
@@ -367,6 +374,13 @@ class Settings:
         low=1024,
         high=64 * 2**20,
         unit="bytes",
+    )
+    idempotency_pending_max: int = knob(
+        64,
+        "answers that a process keeps in memory while PostgreSQL is away; repeats of further ones get 409",
+        low=1,
+        high=100_000,
+        unit="answers",
     )
 
     # --- limits -----------------------------------------------------------------------------------------------

@@ -58,7 +58,12 @@ class InvalidApiKey(ApiError):
 class InsufficientQuota(ApiError):
     """The account's balance is used up. Add funds to go on."""
 
-    status, type, code = 402, "insufficient_quota", "insufficient_quota"
+    status, type = 402, "insufficient_quota"
+    code: ClassVar[str | None] = "insufficient_quota"
+
+
+class BudgetExceeded(InsufficientQuota):
+    """A budget of this key or its account is used up. It opens again with its next period, or when it is raised."""
 
 
 class Forbidden(ApiError):
@@ -89,6 +94,31 @@ class RequestTimeout(ApiError):
     """The request body took too long to arrive."""
 
     status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class Conflict(ApiError):
+    """The request does not fit the state that things are in."""
+
+    status, type = 409, "invalid_request_error"
+    code: ClassVar[str | None] = "conflict"
+
+
+class IdempotencyKeyInUse(Conflict):
+    """The first request with this Idempotency-Key is still running. Try again shortly."""
+
+    code = "idempotency_key_in_use"
+
+
+class IdempotencyKeyReused(Conflict):
+    """This Idempotency-Key was used for another request. Use a new one for each request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotencyAnswerLost(Conflict):
+    """The first request with this Idempotency-Key has ended, but its answer was not kept. Ask with a new key if you must."""
+
+    code = "idempotency_answer_lost"
 
 
 class BodyTooLarge(ApiError):
@@ -125,6 +155,12 @@ class Unavailable(ApiError):
     """A part of the service that this request needs is away. Try again shortly."""
 
     status, type, code = 503, "server_error", "service_unavailable"
+
+
+class BillingUnavailable(Unavailable):
+    """What this account may spend can't be known right now. Nothing was charged. Try again shortly."""
+
+    code = "billing_unavailable"
 
 
 class EngineTimeout(ApiError):
