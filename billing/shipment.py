@@ -6,7 +6,7 @@ and what becomes of refused ones is shipper.py's.
 
 # ruff: noqa: S608 (statements are put together from this module's own texts, values are parameters)
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -39,8 +39,13 @@ _FIELDS = ",\n        ".join(
 _BUDGETS = len(COLUMNS) + 1
 _KEY = len(COLUMNS) + 2
 
-# One row of the answer is: of turns, what those that are new have in common; of a budget, what it is charged; a claim;
-# how many are too old. A posting's id is made from a UUIDv7 of ours ($2), so that those of a time lie together.
+_SUMS = ("turns", "prompt_tokens", "cached_tokens", "completion_tokens", "amount_nano")
+_SUMMED = ", ".join(f"sum({name})::bigint" for name in _SUMS[1:])
+_ADDED_UP = f"account_id, hour, key_id, model, {', '.join(_SUMS)}"
+
+# One row of the answer is: of turns, what a posting takes of those that are new; all sums for the rollups, as a text that
+# goes back as it is; a budget's charge; a claim; how many are too old. A posting's id is made from a UUIDv7 of ours ($2),
+# so that those of a time lie together.
 INSERT = f"""
 with sent as materialized (
     select {_FIELDS},
@@ -58,53 +63,53 @@ with sent as materialized (
     select {", ".join(COLUMNS)}, posting_id from named
     on conflict do nothing
     returning *
+), summed as (
+    select account_id, date_trunc('hour', started_at, 'UTC') as hour, key_id, model, count(*), {_SUMMED}
+    from fresh group by 1, 2, 3, 4
 )
-select 'turns' as kind, account_id, provider_id, posting_id, key_id, model, date_trunc('hour', started_at, 'UTC') as at,
-    count(*) as turns, sum(prompt_tokens)::bigint as prompt_tokens, sum(cached_tokens)::bigint as cached_tokens,
-    sum(completion_tokens)::bigint as completion_tokens, sum(amount_nano)::bigint as amount_nano,
-    sum(loss_nano)::bigint as loss_nano
-from fresh group by account_id, provider_id, posting_id, key_id, model, date_trunc('hour', started_at, 'UTC')
+select 'turns' as kind, account_id as id, provider_id, posting_id as uuid, null::timestamptz as at, null as text,
+    count(*) as turns, sum(amount_nano)::bigint as amount_nano, sum(loss_nano)::bigint as loss_nano
+from fresh group by account_id, provider_id, posting_id
 union all
-select 'budget', (b ->> 0)::bigint, null, null, null, null,
+select 'rollups', null, null, null, null, json_agg(json_build_array({_ADDED_UP}))::text, null, null, null
+from summed as s ({_ADDED_UP}) having count(*) > 0
+union all
+select 'budget', (b ->> 0)::bigint, null, null,
     case when b ->> 1 is null then '-infinity' else to_timestamp((b ->> 1)::float8) end,
-    null, null, null, null, sum(s.amount_nano)::bigint, null
+    null, null, sum(s.amount_nano)::bigint, null
 from (select distinct on (turn_id) turn_id, amount_nano, budgets from sent
       where amount_nano > 0 and budgets <> '[]') as s
-join fresh using (turn_id) cross join lateral jsonb_array_elements(s.budgets) as b group by 2, 7
+join fresh using (turn_id) cross join lateral jsonb_array_elements(s.budgets) as b group by 2, 5
 union all
-select 'claim', account_id, null, turn_id, null, idempotency_key, null, null, null, null, null, null, null
+select 'claim', account_id, null, turn_id, null, idempotency_key, null, null, null
 from sent where idempotency_key is not null
 union all
-select 'old', null, null, null, null, null, null, count(*), null, null, null, null, null
+select 'old', null, null, null, null, null, count(*), null, null
 from sent where started_at < {OLDEST_SHIPPED.format(days="$3")} having count(*) > 0
 """
 
-_SUMS = ("turns", "prompt_tokens", "cached_tokens", "completion_tokens", "amount_nano")
 _ADDED = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in _SUMS)
 
-
-def _rollup(table: str, period: str, of_hour: str) -> str:
-    """Rows are taken in the order of their keys, so that two shippers can't wait for each other."""
-    return f"""
-insert into {table} as r (account_id, {period}, key_id, model, {", ".join(_SUMS)})
-select account_id, {of_hour}, key_id, model, {", ".join(f"sum({name})::bigint" for name in _SUMS)}
-from unnest($1::bigint[], $2::timestamptz[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
-    $8::bigint[], $9::bigint[]) as a (account_id, hour, key_id, model, {", ".join(_SUMS)})
-group by 1, 2, 3, 4 order by 1, 2, 3, 4
-on conflict (account_id, {period}, key_id, model) do update set {_ADDED}
-"""
-
-
-ROLLUPS = (
-    _rollup("usage_hours", "hour", "hour"),
-    _rollup("usage_days", "day", "(hour at time zone 'UTC')::date"),
+# Rows are taken in the order of their keys, so that two shippers can't wait for each other. A key's last use is kept to
+# the minute, which spares most writes; one that somebody else holds is left for the next batch.
+ADD_UP = f"""
+with added as materialized (
+    select (r ->> 0)::bigint as account_id, (r ->> 1)::timestamptz as hour, (r ->> 2)::bigint as key_id, r ->> 3 as model,
+        {", ".join(f"(r ->> {n})::bigint as {name}" for n, name in enumerate(_SUMS, 4))}
+    from jsonb_array_elements($1::text::jsonb) as r
+), hours as (
+    insert into usage_hours as r ({_ADDED_UP})
+    select * from added order by 1, 2, 3, 4
+    on conflict (account_id, hour, key_id, model) do update set {_ADDED}
+), days as (
+    insert into usage_days as r (account_id, day, key_id, model, {", ".join(_SUMS)})
+    select account_id, (hour at time zone 'UTC')::date, key_id, model, {", ".join(f"sum({name})::bigint" for name in _SUMS)}
+    from added group by 1, 2, 3, 4 order by 1, 2, 3, 4
+    on conflict (account_id, day, key_id, model) do update set {_ADDED}
 )
-
-# To the minute, which spares most writes; a row that somebody else holds is left for the next batch.
-TOUCH_KEYS = """
 update api_keys set last_used_at = clock_timestamp() where id in (
-    select id from api_keys
-    where id = any($1::bigint[]) and coalesce(last_used_at < clock_timestamp() - interval '1 minute', true)
+    select id from api_keys where id in (select key_id from added)
+        and coalesce(last_used_at < clock_timestamp() - interval '1 minute', true)
     for no key update skip locked
 )
 """
@@ -171,7 +176,13 @@ async def ship(
         return Shipped(place, is_done=False)
     text = (b"[" + b",".join(batch.payloads) + b"]").decode()
     rows = await connection.fetch(INSERT, text, str(uuid7()), settings.usage_retention_days)
-    kinds: dict[str, list[asyncpg.Record]] = {"turns": [], "budget": [], "claim": [], "old": []}
+    kinds: dict[str, list[asyncpg.Record]] = {
+        "turns": [],
+        "rollups": [],
+        "budget": [],
+        "claim": [],
+        "old": [],
+    }
     for row in rows:
         kinds[row["kind"]].append(row)
     if kinds["old"]:
@@ -185,12 +196,12 @@ async def ship(
     if kinds["budget"] and place.is_live:  # a budget's leases are given up with those of the wallet
         from billing.budgets import post_budgets
 
-        charges = [(row["account_id"], row["at"], row["amount_nano"]) for row in kinds["budget"]]
+        charges = [(row["id"], row["at"], row["amount_nano"]) for row in kinds["budget"]]
         await post_budgets(connection, incarnation_id, charges)
-    if turns:
-        await _add_up(connection, turns)
+    for row in kinds["rollups"]:
+        await connection.execute(ADD_UP, row["text"])
     if kinds["claim"]:
-        claims = [(row["account_id"], row["model"], row["posting_id"]) for row in kinds["claim"]]
+        claims = [(row["id"], row["text"], row["uuid"]) for row in kinds["claim"]]
         await connection.execute(FINISH_CLAIMS, *map(list, zip(*sorted(claims), strict=True)))
     await connection.execute(ADVANCE, incarnation_id, *batch.next)
     return Shipped(
@@ -219,10 +230,10 @@ def _postings(turns: Iterable[asyncpg.Record], settings: Settings) -> list[Posti
     """One for each account and provider; the share is rounded once, of the sum."""
     sums: dict[tuple[int, int | None], tuple[UUID | None, int, int]] = {}
     for row in turns:
-        group = (row["account_id"], row["provider_id"])
+        group = (row["id"], row["provider_id"])
         id_, amount_nano, loss_nano = sums.get(group, (None, 0, 0))
         sums[group] = (
-            id_ or row["posting_id"],
+            id_ or row["uuid"],
             amount_nano + row["amount_nano"],
             loss_nano + row["loss_nano"],
         )
@@ -239,11 +250,3 @@ def _shares(provider_id: int | None, amount_nano: int, loss_nano: int, settings:
         return 0, 0
     share_bp, rounding = settings.provider_share_bp, settings.provider_share_rounding
     return share_nano(amount_nano, share_bp, rounding), share_nano(loss_nano, share_bp, rounding)
-
-
-async def _add_up(connection: Connection, turns: Sequence[asyncpg.Record]) -> None:
-    names = ("account_id", "at", "key_id", "model", *_SUMS)
-    columns = [[row[name] for row in turns] for name in names]
-    for statement in ROLLUPS:
-        await connection.execute(statement, *columns)
-    await connection.execute(TOUCH_KEYS, sorted(set(columns[2])))
