@@ -1,4 +1,4 @@
-"""Day partitions of usage: those to come are made ahead, those past their retention dropped.
+"""What is kept of usage: day partitions made ahead and dropped past their retention, and sums by hour likewise.
 
 When this runs, and that one process at a time runs it, is the caller's to arrange; again is no change.
 """
@@ -27,6 +27,9 @@ LOCK_TIMEOUT_MS = 2000
 OLDEST_SHIPPED = "date_trunc('day', clock_timestamp(), 'UTC') - make_interval(days => {days}::int - 1)"
 """Turns from before it are not taken any more, given the retention. A day later their partition goes: so a turn that
 comes again either finds its row or is too old to be charged."""
+
+HOURS_DELETED_MAX = 10_000
+"""Rows of usage by hour deleted in one statement, which thus ends long before its time-out."""
 
 Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
@@ -67,6 +70,29 @@ async def keep_partitions(pool: asyncpg.Pool, settings: Settings) -> PartitionPl
             "action": "usage_partitions_kept", "made": len(plan.make), "dropped": len(plan.drop),
         })  # fmt: skip
     return plan
+
+
+async def trim_hours(pool: asyncpg.Pool, settings: Settings) -> int:
+    """Delete usage by hour past its retention, in bounded pieces and oldest first; returns how many rows.
+
+    Rows that a shipper adds to just now are left for the next run.
+    """
+    deleted = 0
+    while True:
+        done = await pool.execute(TRIM_HOURS, settings.usage_hours_retention_days, HOURS_DELETED_MAX)
+        piece = int(done.rsplit(" ", 1)[1])
+        deleted += piece
+        if piece < HOURS_DELETED_MAX:
+            return deleted
+
+
+TRIM_HOURS = """
+delete from usage_hours where ctid = any (array(
+    select ctid from usage_hours
+    where hour < date_trunc('day', clock_timestamp(), 'UTC') - make_interval(days => $1)
+    order by hour limit $2 for update skip locked
+))
+"""
 
 
 async def _days(connection: Connection) -> set[dt.date]:

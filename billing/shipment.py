@@ -143,16 +143,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """What became of a batch. None of `turns` where the book was elsewhere: then `place` says where."""
+    """What became of a batch; nothing where the book was elsewhere (`place` says where)."""
 
     place: Place
     is_done: bool
     turns: int = 0  # the new ones
     amount_nano: int = 0
     loss_nano: int = 0
-    charged: tuple[
-        tuple[int, int], ...
-    ] = ()  # account, amount: of new turns, if it was charged to the wallet
+    is_quarantined: bool = False
+    charged: tuple[tuple[int, int], ...] = ()  # account and amount, of new turns
 
 
 async def read_place(connection: Connection, incarnation_id: UUID) -> Place:
@@ -223,7 +222,7 @@ async def quarantine(
         return Shipped(place, is_done=False)
     await connection.execute(QUARANTINE, record[0], ascii(reason)[1:-1], record[1])
     await connection.execute(ADVANCE, incarnation_id, *batch.next)
-    return Shipped(place, is_done=True)
+    return Shipped(place, is_done=True, is_quarantined=True)
 
 
 def _postings(turns: Iterable[asyncpg.Record], settings: Settings) -> list[Posting]:

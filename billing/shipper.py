@@ -93,6 +93,7 @@ class Shipper:
         self._shipping = asyncio.Lock()
         self._shard = journal.incarnation_id.int % PLATFORM_SHARDS
         self._is_away = False
+        self._is_told = False
         self.is_abandoned = False
         """Whether the book gave this incarnation up: its leases are gone, and the platform pays for its turns."""
 
@@ -153,7 +154,7 @@ class Shipper:
         """Also after the database's return from a backup: where the book is counts, not where it was."""
         async with asyncio.timeout(self._settings.database_timeout_s), self._pool.acquire() as connection:
             place = await read_place(connection, self._journal.incarnation_id)
-        self._note_place(place)
+        self.is_abandoned = not place.is_live
         unsure, self._unsure = self._unsure, None
         self._todo.clear()
         if unsure is not None and place.position == unsure.next:
@@ -274,7 +275,8 @@ class Shipper:
             self._metrics.quarantined.inc()
 
     def _note_place(self, place: Place) -> None:
-        if not place.is_live and not self.is_abandoned:
+        if not place.is_live and not self._is_told:
+            self._is_told = True
             log.error("the leases of incarnation %s were given up: the platform pays for its turns",
                 self._journal.incarnation_id, extra={"action": "incarnation_abandoned"},
             )  # fmt: skip

@@ -1,37 +1,16 @@
-"""Usage: one record a settled turn, written to PostgreSQL in batches and charged to its account exactly once.
+"""Usage: the record that a settled turn leaves, and the sums of what was used.
 
-Prices were applied before a record comes here, and no request waits for it: `add` only appends to memory. The
-rows' partitions are retention.py's; who may see which sums is the caller's to decide.
+How a record comes into the book, and its sums with it, is shipment.py's; who may see which sums is the caller's to decide.
 """
 
 # ruff: noqa: S608 (statements are put together from this module's own texts, values are parameters)
 
-import asyncio
 import datetime as dt
-import json
-import logging
-from collections import deque
-from dataclasses import asdict, dataclass
-from itertools import islice
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Literal, get_args
 from uuid import UUID
 
 import asyncpg
-
-from config.defaults import Settings
-from config.postgres import AWAY
-
-log = logging.getLogger("poolgate.usage")
-
-RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
-"""Pauses while PostgreSQL is away: tried again before memory fills, and not hammered."""
-
-CLOSE_S = 10.0
-"""How long `close` goes on trying: half of what service managers grant a process that they stop."""
-
-REFUSED = (ValueError, TypeError, OverflowError, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-"""The record itself is at fault: it would be refused again for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +38,9 @@ class UsageRecord:
     price_ref: str
     provider_id: int | None = None  # the account whose node did it
     loss_nano: int = 0  # delivered beyond what could be held for it: the platform's
-    budgets: tuple[tuple[int, float], ...] = ()  # (budget, start of its window in unix seconds) that it counts in
+    budgets: tuple[
+        tuple[int, float], ...
+    ] = ()  # (budget, start of its window in unix seconds) that it counts in
     idempotency_key: str | None = None
 
 
@@ -73,165 +54,16 @@ COLUMNS = {
 }  # fmt: skip
 """What PostgreSQL keeps of a record: its first fields, in their order."""
 
-# One statement, so all or nothing. A batch whose answer was lost is sent again, finds its rows and charges
-# nobody. Accounts are locked in the order of their ids, so that two writers can't wait for each other.
-WRITE = f"""
-with fresh as (
-    insert into usage ({", ".join(COLUMNS)})
-    select * from unnest({", ".join(f"${n}::{kind}[]" for n, kind in enumerate(COLUMNS.values(), 1))})
-    on conflict do nothing
-    returning account_id, amount_nano
-), due as (
-    select account_id, sum(amount_nano)::bigint as amount_nano from fresh group by account_id
-), locked as (
-    select id from accounts where id in (select account_id from due where amount_nano > 0)
-    order by id for no key update
-)
-update accounts set balance_nano = balance_nano - due.amount_nano
-from due join locked on locked.id = due.account_id where accounts.id = locked.id
-"""
-
-# To the minute, which spares most writes; a row that somebody else holds is left for the next batch.
-TOUCH_KEYS = """
-update api_keys set last_used_at = clock_timestamp() where id in (
-    select id from api_keys
-    where id = any($1::bigint[]) and coalesce(last_used_at < clock_timestamp() - interval '1 minute', true)
-    for no key update skip locked
-)
-"""
-
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+HOUR = dt.timedelta(hours=1)
+DAY = dt.timedelta(days=1)
 
-QUARANTINE = (
-    "insert into usage_quarantine (turn_id, reason, record) values ($1, $2, $3) on conflict do nothing"
-)
-
-
-class UsageWriter:
-    """Finished turns that wait for PostgreSQL. A record is never refused: look at `is_full` before a turn
-    begins.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, settings: Settings) -> None:
-        self._pool = pool
-        self._settings = settings
-        self._waiting: deque[UsageRecord] = deque()
-        self._flushing = asyncio.Lock()
-        self._is_away = False
-
-    def __repr__(self) -> str:
-        return f"<UsageWriter pending={self.pending}{' away' if self._is_away else ''}>"
-
-    def add(self, record: UsageRecord) -> None:
-        """Take a settled turn, which is written within `usage_flush_s` or as soon as PostgreSQL is back."""
-        self._waiting.append(record)
-
-    @property
-    def pending(self) -> int:
-        """Records that PostgreSQL has not confirmed."""
-        return len(self._waiting)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether new turns must be refused, since their records might find no room."""
-        return len(self._waiting) >= self._settings.usage_pending_max
-
-    async def run(self) -> None:
-        """Write until cancelled, whatever becomes of PostgreSQL; `close` afterwards writes the rest."""
-        pause_s = RETRY_MIN_S
-        while True:
-            await asyncio.sleep(pause_s if self._is_away else self._settings.usage_flush_s)
-            while self._waiting:
-                if not await self._flush():
-                    pause_s = min(2 * pause_s, RETRY_MAX_S)
-                    break
-                pause_s = RETRY_MIN_S
-
-    async def close(self, timeout_s: float = CLOSE_S) -> int:
-        """Write what is left, for at most `timeout_s`; returns, and logs, how many turns were not written."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._waiting:
-                    if not await self._flush():
-                        await asyncio.sleep(RETRY_MIN_S)
-        except TimeoutError:
-            pass  # said below
-        if self._waiting:
-            log.error("%d turns were not written and are lost", self.pending, extra={
-                "action": "usage_lost", "turns": self.pending,
-                "amount_nano": sum(record.amount_nano for record in self._waiting),
-            })  # fmt: skip
-        return self.pending
-
-    async def _flush(self) -> bool:
-        """Write one batch; False if PostgreSQL is away. Records leave memory only after it confirmed them."""
-        async with self._flushing:
-            batch = list(islice(self._waiting, self._settings.usage_batch_max))
-            try:
-                await self._write(batch)
-            except AWAY as error:
-                self._note_away(error)
-                return False
-            for _ in batch:
-                self._waiting.popleft()
-            self._note_back()
-            return True
-
-    async def _write(self, batch: list[UsageRecord]) -> None:
-        """Write a batch; halve it until the records at fault stand alone, which go to quarantine.
-
-        A half that was written before an error is found written when the whole comes again.
-        """
-        try:
-            await self._insert(batch)
-        except REFUSED as error:
-            if len(batch) == 1:
-                await self._quarantine(batch[0], error)
-                return
-            middle = len(batch) // 2
-            await self._write(batch[:middle])
-            await self._write(batch[middle:])
-
-    async def _insert(self, batch: list[UsageRecord]) -> None:
-        columns = {name: list(map(attrgetter(name), batch)) for name in COLUMNS}
-        columns["started_at"] = [EPOCH + dt.timedelta(seconds=record.started_at) for record in batch]
-        keys = sorted({record.key_id for record in batch})
-        async with (
-            asyncio.timeout(2 * self._settings.database_timeout_s),
-            self._pool.acquire() as connection,
-            connection.transaction(),
-        ):
-            await connection.execute(WRITE, *columns.values())
-            await connection.execute(TOUCH_KEYS, keys)
-
-    async def _quarantine(self, record: UsageRecord, error: Exception) -> None:
-        text = json.dumps(asdict(record), default=str)
-        async with asyncio.timeout(self._settings.database_timeout_s):
-            await self._pool.execute(QUARANTINE, ascii(record.turn_id), ascii(str(error)), text)
-        log.error("a turn's usage was refused and put in quarantine: %s", error, extra={
-            "action": "usage_quarantined", "turn_id": str(record.turn_id), "account_id": record.account_id,
-            "amount_nano": record.amount_nano,
-        })  # fmt: skip
-
-    def _note_away(self, error: Exception) -> None:
-        if not self._is_away:
-            log.warning(
-                "usage can't be written: %s", error or type(error).__name__,
-                extra={"action": "usage_unwritable", "pending": self.pending},
-            )  # fmt: skip
-        self._is_away = True
-
-    def _note_back(self) -> None:
-        if self._is_away:
-            log.info("usage is written again", extra={"action": "usage_writable", "pending": self.pending})
-        self._is_away = False
-
-
-Grouping = Literal["model", "day", "account", "key"]
+Grouping = Literal["model", "day", "hour", "account", "key"]
 
 GROUPS: dict[str, tuple[str, str]] = {
     "model": ("u.model", "u.model"),
     "day": ("to_char(u.day, 'YYYY-MM-DD')", "u.day"),
+    "hour": ("to_char(u.hour at time zone 'UTC', 'YYYY-MM-DD HH24:00')", "u.hour"),
     "account": (
         "coalesce((select name from accounts where id = u.account_id), '#' || u.account_id)",
         "u.account_id",
@@ -256,8 +88,33 @@ class UsageSum:
     amount_nano: int
 
 
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """A time as whole days and the hours before and after them; each from, up to and without."""
+
+    days: tuple[dt.datetime, dt.datetime]
+    before: tuple[dt.datetime, dt.datetime]
+    after: tuple[dt.datetime, dt.datetime]
+
+
+def spans(since: dt.datetime, until: dt.datetime, hours_from: dt.datetime | None) -> Spans:
+    """The least whole hours that hold [since, until), as few of them as possible outside whole days.
+
+    `hours_from`: the oldest hour that there is. Before it only days are told apart.
+    """
+    first, last = _floor(since, HOUR), _ceil(until, HOUR)
+    if hours_from is None or first <= hours_from:
+        first = _floor(first, DAY)
+    if hours_from is None or last <= _floor(hours_from, DAY):
+        last = _ceil(last, DAY)
+    day, end = _ceil(first, DAY), _floor(last, DAY)
+    if day >= end:
+        return Spans((first, first), (first, last), (last, last))
+    return Spans((day, end), (first, day), (end, last))
+
+
 class UsageStore:
-    """The queries on usage."""
+    """The queries on usage: sums of sums, made when turns were shipped, never of turns."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
@@ -265,26 +122,48 @@ class UsageStore:
     async def summary(
         self, since: float, until: float, account: int | None = None, by: Grouping = "model"
     ) -> list[UsageSum]:
-        """Turns that started in [since, until) (unix seconds), of one account or of all.
+        """Turns that started in the hours of [since, until) (unix seconds), of one account or of all.
 
-        Days are UTC's and come in order; other groups come by amount, the dearest first. ValueError for
-        another `by`.
+        A begun hour counts whole; so does a begun day, where usage by hour is not kept any more. Days and hours are UTC's
+        and come in order; other groups come by amount, the dearest first. ValueError for another `by`.
         """
         if by not in GROUPS:
             raise ValueError(f"by={by!r}: allowed are {', '.join(get_args(Grouping))}")
         label, common = GROUPS[by]
+        start, end = EPOCH + dt.timedelta(seconds=since), EPOCH + dt.timedelta(seconds=until)
+        if by == "hour":
+            times = [start, start, _floor(start, HOUR), _ceil(end, HOUR), end, end]
+        else:
+            found = spans(start, end, await self._pool.fetchval("select min(hour) from usage_hours"))
+            times = [*found.days, *found.before, *found.after]
+        whose = "" if account is None else "and account_id = $7"
         rows = await self._pool.fetch(
             f"""
-            select {label} as "group", count(*) as turns,
+            select {label} as "group", sum(turns)::bigint as turns,
                 sum(prompt_tokens)::bigint as prompt_tokens, sum(cached_tokens)::bigint as cached_tokens,
                 sum(completion_tokens)::bigint as completion_tokens,
                 sum(amount_nano)::bigint as amount_nano
-            from (select *, date_trunc('day', started_at at time zone 'utc') as day from usage
-                  where started_at >= $1 and started_at < $2 and ($3::bigint is null or account_id = $3)) as u
-            group by {common} order by {"u.day" if by == "day" else "amount_nano desc, turns desc, 1"}
+            from (
+                select account_id, day, null::timestamptz as hour, key_id, model, {_SUMS} from usage_days
+                where day >= ($1 at time zone 'UTC')::date and day < ($2 at time zone 'UTC')::date {whose}
+                union all
+                select account_id, (hour at time zone 'UTC')::date, hour, key_id, model, {_SUMS} from usage_hours
+                where (hour >= $3 and hour < $4 or hour >= $5 and hour < $6) {whose}
+            ) as u
+            group by {common} order by {common if by in ("day", "hour") else "amount_nano desc, turns desc, 1"}
             """,
-            EPOCH + dt.timedelta(seconds=since),
-            EPOCH + dt.timedelta(seconds=until),
-            account,
+            *times,
+            *(() if account is None else (account,)),
         )
         return [UsageSum(**row) for row in rows]
+
+
+_SUMS = "turns, prompt_tokens, cached_tokens, completion_tokens, amount_nano"
+
+
+def _floor(moment: dt.datetime, step: dt.timedelta) -> dt.datetime:
+    return moment - (moment - EPOCH) % step
+
+
+def _ceil(moment: dt.datetime, step: dt.timedelta) -> dt.datetime:
+    return moment + (EPOCH - moment) % step
