@@ -1,110 +1,115 @@
-"""A book with money in it: accounts whose wallets are filled and leased to an incarnation, and turns that spend it."""
+"""What tests of the book need: accounts with money, processes with leases, and turns that were used and posted."""
 
-import time
-from dataclasses import replace
-from pathlib import Path
+import datetime as dt
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 
-from billing.journal import Journal
-from billing.usage import UsageRecord
-from config.defaults import Settings
+from billing.ledger import AccountRef, Ledger, Posting, Result, Transfer, post_turns, share_nano
 from config.ids import uuid7
 
-NOW = time.time()
+TODAY = dt.datetime.now(dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def turn(**changes: Any) -> UsageRecord:
-    """A turn of account 1 that cost 100."""
-    record = UsageRecord(
-        turn_id=uuid7(), account_id=1, key_id=1, started_at=NOW, surface="openai", model="m", node_id="n",
-        engine_id="e", stream=True, outcome="finished", status=200, prompt_tokens=10, cached_tokens=4,
-        completion_tokens=5, estimated=False, ttft_ms=12, duration_ms=80, amount_nano=100, price_ref="m@start",
-    )  # fmt: skip
-    return replace(record, **changes)
+async def account(pool: asyncpg.Pool, funds_nano: int = 0) -> int:
+    account_id: int = await pool.fetchval(
+        "insert into accounts (name) values ($1) returning id", str(uuid4())
+    )
+    if funds_nano:
+        (result,) = await apply(pool, topup(account_id, funds_nano))
+        assert result.status == "done"
+    return account_id
 
 
-async def open_accounts(pool: asyncpg.Pool, count: int, *, balance_nano: int) -> None:
-    """Accounts 1..count, each with a key of the same id and so much in its wallet."""
+def topup(account_id: int, amount_nano: int, **of: Any) -> Transfer:
+    clearing, wallet = AccountRef.platform("clearing"), AccountRef.wallet(account_id)
+    return Transfer(uuid7(), clearing, wallet, amount_nano, "topup", **of)
+
+
+def spending(account_id: int, amount_nano: int, **of: Any) -> Transfer:
+    return Transfer(
+        uuid7(), AccountRef.wallet(account_id), AccountRef.platform("fee"), amount_nano, "job", **of
+    )
+
+
+def resolving(pending: UUID, phase: Any, amount_nano: int = 0, **of: Any) -> Transfer:
+    return Transfer(uuid7(), None, None, amount_nano, "", phase, pending, **of)
+
+
+async def apply(pool: asyncpg.Pool, *transfers: Transfer, shard: int = 0) -> list[Result]:
     async with pool.acquire() as connection, connection.transaction():
-        await connection.execute("insert into accounts (name) select 'a' || n from generate_series(1, $1) n", count)
-        await connection.execute(
-            "insert into api_keys (account_id, name, digest, prefix)"
-            " select n, 'laptop', sha256(n::text::bytea), 'sk-pg-' from generate_series(1, $1) n",
-            count,
-        )
-        await connection.execute(
-            "with paid as (insert into transfers (id, debit_id, credit_id, amount_nano, kind)"
-            "  select gen_random_uuid(), (select id from ledger_accounts where kind = 'clearing' limit 1), w.id, $1, 'topup'"
-            "  from ledger_accounts w where w.kind = 'wallet' returning amount_nano),"
-            " credited as (update ledger_accounts set credit_nano = credit_nano + $1 where kind = 'wallet')"
-            " update ledger_accounts set debit_nano = debit_nano + (select sum(amount_nano) from paid)"
-            " where kind = 'clearing' and shard = 0",
-            balance_nano,
-        )
+        return await Ledger(shard).apply(connection, transfers)
 
 
-async def incarnate(pool: asyncpg.Pool, folder: Path, *, lease_nano: int = 0) -> UUID:
-    """A live incarnation, with a lease of so much of every wallet."""
-    made = uuid7()
-    async with pool.acquire() as connection, connection.transaction():
-        await connection.execute(
-            "insert into incarnations (id, host, pid, journal) values ($1, 'here', 1, $2)", made, str(folder)
-        )
-        if lease_nano:
-            await connection.execute(
-                "insert into spend_leases (incarnation_id, account_id, granted_nano)"
-                " select $1, owner_id, $2 from ledger_accounts where kind = 'wallet'",
-                made,
-                lease_nano,
-            )
-            await connection.execute(
-                "update ledger_accounts set leased_nano = leased_nano + $1 where kind = 'wallet'", lease_nano
-            )
-    return made
-
-
-async def journal_of(
-    pool: asyncpg.Pool, settings: Settings, root: Path, *records: UsageRecord, lease_nano: int = 100_000
-) -> Journal:
-    """The journal of a new incarnation with a lease of every wallet, with these records in it."""
-    journal = Journal.open(root, await incarnate(pool, root, lease_nano=lease_nano), settings)
-    for record in records:
-        journal.append(record)
-    return journal
-
-
-async def balances(pool: asyncpg.Pool) -> list[int]:
-    """What the wallets have, leased or not."""
-    return [
-        row[0]
-        for row in await pool.fetch(
-            "select credit_nano - debit_nano from ledger_accounts where kind = 'wallet' order by owner_id"
-        )
-    ]
-
-
-async def of_platform(pool: asyncpg.Pool, kind: str) -> int:
-    """What the accounts of one kind have together."""
+async def available(pool: asyncpg.Pool, account_id: int) -> int:
     found: int = await pool.fetchval(
-        "select coalesce(sum(credit_nano - debit_nano), 0)::bigint from ledger_accounts where kind = $1", kind
+        "select credit_nano - debit_nano - pending_debit_nano - leased_nano from ledger_accounts"
+        " where kind = 'wallet' and owner_id = $1",
+        account_id,
     )
     return found
 
 
-async def turns(pool: asyncpg.Pool) -> int:
-    found: int = await pool.fetchval("select count(*) from usage")
-    return found
+async def incarnation(pool: asyncpg.Pool, state: str = "live") -> UUID:
+    made = uuid7()
+    await pool.execute(
+        "insert into incarnations (id, host, pid, journal, state) values ($1, 'host', 1, '/journal', $2)",
+        made,
+        state,
+    )
+    return made
 
 
-async def ship_everything(
-    pool: asyncpg.Pool, settings: Settings, root: Path, *records: UsageRecord, lease_nano: int = 100_000
-) -> None:
-    """These turns, through a journal into the book."""
-    from billing.shipper import Shipper
+async def lease(pool: asyncpg.Pool, incarnation_id: UUID, account_id: int, amount_nano: int) -> None:
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "update ledger_accounts set leased_nano = leased_nano + $2 where kind = 'wallet' and owner_id = $1",
+            account_id,
+            amount_nano,
+        )
+        await connection.execute(
+            "insert into spend_leases (incarnation_id, account_id, granted_nano) values ($1, $2, $3)"
+            " on conflict (incarnation_id, account_id) do update set granted_nano ="
+            " spend_leases.granted_nano + excluded.granted_nano",
+            incarnation_id,
+            account_id,
+            amount_nano,
+        )
 
-    journal = await journal_of(pool, settings, root, *records, lease_nano=lease_nano)
-    await Shipper(pool, settings, journal).ship_all()
-    journal.remove()
+
+async def use(
+    pool: asyncpg.Pool,
+    incarnation_id: UUID,
+    account_id: int,
+    amounts: list[int],
+    *,
+    provider_id: int | None = None,
+    started_at: dt.datetime = TODAY,
+    from_loss: bool = False,
+) -> UUID:
+    """Turns of these amounts in the usage table and its rollups, and their posting, which is returned."""
+    posting_id, total = uuid7(), sum(amounts)
+    share = 0 if provider_id is None else share_nano(total, 7500, "down")
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.executemany(
+            "insert into usage (turn_id, account_id, key_id, started_at, surface, model, stream, outcome, status,"
+            " prompt_tokens, cached_tokens, completion_tokens, estimated, duration_ms, amount_nano, price_ref,"
+            " posting_id, provider_id)"
+            " values ($1, $2, 1, $3, 'chat', 'm', false, 'finished', 200, 10, 0, 5, false, 1, $4, 'p', $5, $6)",
+            [(uuid7(), account_id, started_at, amount, posting_id, provider_id) for amount in amounts],
+        )
+        for table, since in (("hours", started_at.replace(minute=0)), ("days", started_at.date())):
+            column = table.removesuffix("s")
+            await connection.execute(
+                f"insert into usage_{table} values ($1, $2, 1, 'm', $3, $4, 0, $5, $6)"
+                f" on conflict (account_id, {column}, key_id, model) do update set"
+                f" turns = usage_{table}.turns + excluded.turns,"
+                f" prompt_tokens = usage_{table}.prompt_tokens + excluded.prompt_tokens,"
+                f" completion_tokens = usage_{table}.completion_tokens + excluded.completion_tokens,"
+                f" amount_nano = usage_{table}.amount_nano + excluded.amount_nano",
+                account_id, since, len(amounts), 10 * len(amounts), 5 * len(amounts), total,
+            )  # fmt: skip
+        posting = Posting(posting_id, account_id, provider_id, total, share)
+        await post_turns(connection, incarnation_id, [posting], from_loss=from_loss, shard=0)
+    return posting_id

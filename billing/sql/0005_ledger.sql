@@ -114,8 +114,7 @@ language sql volatile as $$
     from unnest(kinds, owners, shards) with ordinality as w (kind, owner_id, shard, n)
 $$;
 
--- The same; what is not there is opened. Sorted, so that two that open the same
--- wait for each other in one direction only.
+-- The same; what is not there is opened. Sorted, so that two that open the same wait for each other in one direction only.
 create function open_ledger_accounts(kinds text[], owners bigint[], shards smallint[]) returns bigint[]
 language plpgsql as $$
 declare
@@ -201,7 +200,13 @@ begin
             select account_id, sum(amount)::bigint as amount
             from unnest(accounts, amounts) as w (account_id, amount) where amount > 0 group by account_id
         ), settled as (
-            update spend_leases s set settled_nano = s.settled_nano + due.amount
+            -- Settled turns were held when their process last reported: what it said is kept within what is left.
+            update spend_leases s set
+                settled_nano = s.settled_nano + due.amount,
+                free_nano = greatest(0, least(s.free_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount)),
+                held_nano = greatest(0, least(
+                    s.held_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount - s.free_nano
+                ))
             from due where s.incarnation_id = incarnation and s.account_id = due.account_id
             returning 1
         )
