@@ -8,7 +8,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from uuid import UUID
 import asyncpg
 
 from billing.incarnations import close_incarnation
-from billing.journal_files import LOCK, Batch, DeadJournal
+from billing.journal_files import LOCK, START, Batch, DeadJournal, count_records
 from billing.shipment import Shipped, UnknownIncarnation, read_place
 from billing.shipper import COLLIDED, COLLISIONS_MAX, Shipper
 from config.defaults import Settings
@@ -72,21 +72,16 @@ def journal_folders(root: Path) -> list[Path]:
 
 
 async def adopt(
-    root: Path,
-    pool: asyncpg.Pool,
-    settings: Settings,
-    own_id: UUID | None = None,
-    metrics: Metrics | None = None,
+    root: Path, pool: asyncpg.Pool, settings: Settings, metrics: Metrics | None = None
 ) -> list[Recovered]:
-    """Take over every journal in `root` whose lock is free. Raises what PostgreSQL's absence raises.
+    """Take over every journal in `root` whose lock is free: a living process's, ours too, is held by it.
 
-    One that this database knows nothing of is left as it is.
+    One that this database knows nothing of is left as it is. Raises what PostgreSQL's absence raises.
     """
     done = []
-    for folder in journal_folders(root):
-        if _incarnation_of(folder) != own_id:
-            with contextlib.suppress(ProcessLives, UnknownIncarnation):
-                done.append(await recover(folder, pool, settings, metrics))
+    for folder in await asyncio.to_thread(journal_folders, root):
+        with contextlib.suppress(ProcessLives, UnknownIncarnation):
+            done.append(await recover(folder, pool, settings, metrics))
     return done
 
 
@@ -114,10 +109,16 @@ async def recover(
 
     try:
         shipper = Shipper(pool, settings, journal, metrics, on_shipped=note)
-        await shipper.ship_all()
-        if shipper.is_abandoned and recovered.records:
+        try:
+            await shipper.ship_all()
+        except UnknownIncarnation:
+            if await asyncio.to_thread(count_records, folder, START, None):
+                raise
+            # It began while PostgreSQL was away and ended before it was made known; nothing was charged.
+        if shipper.is_abandoned and recovered.records:  # else it was closed, and only its folder is left
             recovered.state = "abandoned"
-        await _close(pool, settings, journal.incarnation_id, "closed")  # no change if it was given up
+        with contextlib.suppress(UnknownIncarnation):
+            await _close(pool, settings, journal.incarnation_id, "closed")  # no change if it was given up
         await asyncio.to_thread(journal.remove)
     finally:
         journal.close()
@@ -148,25 +149,24 @@ class Recovery:
     """Adopts, beside everything else that a worker does."""
 
     def __init__(
-        self, root: Path, pool: asyncpg.Pool, settings: Settings, own_id: UUID, metrics: Metrics | None = None
+        self, root: Path, pool: asyncpg.Pool, settings: Settings, metrics: Metrics | None = None
     ) -> None:
         self._root = root
         self._pool = pool
         self._settings = settings
-        self._own_id = own_id
         self._metrics = metrics
         self._unknown: set[Path] = set()
 
     async def run(self) -> None:
         """Look every ADOPT_S until cancelled; a journal that can't be shipped now is taken up the next time."""
         while True:
-            for folder in await asyncio.to_thread(self._others):
+            for folder in await asyncio.to_thread(self._found):
                 await self._adopt(folder)
             await asyncio.sleep(ADOPT_S)
 
-    def _others(self) -> Sequence[Path]:
+    def _found(self) -> list[Path]:
         _sweep(self._root)
-        return [folder for folder in journal_folders(self._root) if _incarnation_of(folder) != self._own_id]
+        return journal_folders(self._root)
 
     async def _adopt(self, folder: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Owns `poolgate usage`: what was used, by whom, and what it cost, as a table with bars.
+"""Owns `poolgate usage`: what was used, by whom, and what it cost, as a table with bars and a chart of the time.
 
 The sums are billing/usage.py's.
 """
@@ -6,7 +6,7 @@ The sums are billing/usage.py's.
 import argparse
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -20,19 +20,25 @@ from gateway.cli.parsing import Parser, add_command, json_option, settings_optio
 from gateway.cli.stores import with_database
 from gateway.identity.accounts import AccountStore
 
-GROUPS = ("model", "day", "key", "account")
+GROUPS = ("model", "day", "hour", "key", "account")
+STEPS = {"day": timedelta(days=1), "hour": timedelta(hours=1)}
+FORMS = {"day": "%Y-%m-%d", "hour": "%Y-%m-%d %H:%M"}
+CHART_COLUMNS = 60
+CHART_LINES = 6
 UNIT_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 EXAMPLES = """\
   poolgate usage                                 the last 7 days by model
   poolgate usage --since 30d --by day
+  poolgate usage --since 24h --by hour
   poolgate usage --account acme --by key --json"""
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = add_command(
         commands, "usage", "show what was used and what it cost", run=run, examples=EXAMPLES,
-        details="Turns count from their start; days are UTC's. Finished turns show up within a second.",
+        details="Turns count from their start, whole hours of it (days, where usage by hour is not kept any more); days\n"
+        "are UTC's. Finished turns show up within a second.",
         options=(settings_options(), json_option()),
     )  # fmt: skip
     parser.add_argument("--account", metavar="NAME", help="only this account (name or id)")
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(as_json(sums, since, args.by, settings))
     else:
         show(sums, args.by, settings)
+        for line in chart(sums, args.by):
+            print(line)
     return 0
 
 
@@ -86,6 +94,34 @@ def show(sums: list[UsageSum], by: str, settings: Settings) -> None:
         rows,
         empty="nothing was used in this time",
     )
+
+
+def chart(sums: list[UsageSum], by: str) -> list[str]:
+    """Cost, or turns where nothing costs, over days or hours: the last ones that fit, those without a turn too."""
+    if by not in STEPS or len(sums) < 2:
+        return []
+    form, step = FORMS[by], STEPS[by]
+    is_free = not any(row.amount_nano for row in sums)
+    sizes = {row.group: row.turns if is_free else row.amount_nano for row in sums}
+    last = datetime.strptime(sums[-1].group, form).replace(tzinfo=UTC)
+    first = max(datetime.strptime(sums[0].group, form).replace(tzinfo=UTC), last - (CHART_COLUMNS - 1) * step)
+    moments = [first + n * step for n in range((last - first) // step + 1)]
+    values = [sizes.get(moment.strftime(form), 0) for moment in moments]
+    width = max(1, min(3, CHART_COLUMNS // len(values)))
+    lines = ["", f"{'turns' if is_free else 'cost'} by {by}"]
+    lines += [" " + "".join(mark * width for mark in line) for line in columns(values, CHART_LINES)]
+    start, end = moments[0].strftime(form), moments[-1].strftime(form)
+    return [*lines, " " + "─" * (len(values) * width), f" {start} … {end}"]
+
+
+def columns(values: list[int], height: int) -> list[str]:
+    """`values` as columns of `height` lines, from the top; the largest fills it, and what is not zero is seen."""
+    largest = max(values, default=0) or 1
+    eighths = [max(1, round(8 * height * value / largest)) if value else 0 for value in values]
+    marks = " ▁▂▃▄▅▆▇█"
+    return [
+        "".join(marks[max(0, min(8, of - 8 * line))] for of in eighths) for line in reversed(range(height))
+    ]
 
 
 def cells(row: UsageSum, settings: Settings) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import pytest
 
 from billing.shipper import Shipper
 from config.defaults import Settings
-from tests.books import balances, journal_of, of_platform, open_accounts, turn, turns
+from tests.journals import balances, journal_of, of_platform, open_accounts, turn, turns
 
 
 @pytest.fixture(autouse=True)

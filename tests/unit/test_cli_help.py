@@ -26,7 +26,7 @@ ALL = {parser.prog: parser for parser in commands(build_parser())}
 def test_the_promised_commands_exist() -> None:
     assert set(ALL) == {
         "poolgate up", "poolgate serve", "poolgate agent", "poolgate migrate", "poolgate usage",
-        "poolgate doctor", "poolgate version",
+        "poolgate recover", "poolgate doctor", "poolgate version",
         "poolgate account create", "poolgate account list", "poolgate account show", "poolgate account credit",
         "poolgate key create", "poolgate key list", "poolgate key revoke",
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_examples_are_accepted_by_the_parser(prog: str) -> None:
         ("", "say what to do: up, serve,"),
         ("key create", "missing: --account."),
         ("up --prot 9000", "unrecognized arguments: --prot 9000."),
-        ("usage --by hour", "invalid choice: 'hour'"),
+        ("usage --by minute", "invalid choice: 'minute'"),
     ],
 )
 def test_a_mistyped_command_is_a_usage_error_with_a_way_out(
@@ -104,6 +104,7 @@ def test_a_mistyped_command_is_a_usage_error_with_a_way_out(
         ("agent --gateway http://127.0.0.1:8080", 1, "a provider key is missing"),
         ("agent --gateway localhost --key dc1-provider-x", 1, "--gateway 'localhost' is not an address"),
         ("serve --data-dir /nowhere/at-all", 1, "start them with `poolgate up`"),
+        ("recover /nowhere/at-all --abandon", 1, "names no single process"),
         ("usage --since yesterday", 1, "write a span such as 24h"),
         ("account create --name x --balance 1,50", 1, "write a plain decimal number"),
         ("doctor --config /nowhere/at-all.toml", 2, "/nowhere/at-all.toml"),
