@@ -143,6 +143,7 @@ class IdempotencyStore:
         self._settings = settings
         self._sealer = Sealer(pepper)
         self._endings: dict[UUID, _Ending] = {}
+        self._is_away = False
 
     def __repr__(self) -> str:
         return f"<IdempotencyStore pending={self.pending}>"
@@ -272,8 +273,14 @@ class IdempotencyStore:
                 else:
                     await self._pool.execute(FINISH, *whose, ending.sealed)
         except AWAY as error:
-            log.debug("a claim's end can't be written: %s", error, extra={"action": "idempotency_unwritable"})
+            if not self._is_away:
+                log.warning(
+                    "ends of claims can't be written: %s", error or type(error).__name__,
+                    extra={"action": "idempotency_unwritable", "pending": self.pending},
+                )  # fmt: skip
+            self._is_away = True
             return False
+        self._is_away = False
         if is_last or time.monotonic() >= ending.repeat_until_s:
             self._endings.pop(ending.turn_id, None)
         return True
