@@ -68,7 +68,10 @@ class Metrics:
             registry=into,
         )
         self.journal_bytes = Gauge(
-            "poolgate_journal_bytes", "Size of what waits in journals", multiprocess_mode="livesum", registry=into
+            "poolgate_journal_bytes",
+            "Size of what waits in journals",
+            multiprocess_mode="livesum",
+            registry=into,
         )
         self.quarantined = Counter(
             "poolgate_usage_quarantined", "Records that PostgreSQL refused; a person must look", registry=into
@@ -86,7 +89,10 @@ class Metrics:
             registry=into,
         )
         self.leases = Gauge(
-            "poolgate_leases", "Accounts of which a process has a lease", multiprocess_mode="livesum", registry=into
+            "poolgate_leases",
+            "Accounts of which a process has a lease",
+            multiprocess_mode="livesum",
+            registry=into,
         )
         self.limited = Counter(
             "poolgate_limited", "Requests over a rate limit, by limit", ["limit"], registry=into

@@ -106,7 +106,9 @@ async def migrate(
 def read_migrations(*folders: Path) -> list[Migration]:
     """The files of these folders in order; MigrationRefused for a name or number that leaves the order open."""
     found: list[Migration] = []
-    for path in sorted((path for folder in folders for path in folder.glob("*.sql")), key=lambda path: path.name):
+    for path in sorted(
+        (path for folder in folders for path in folder.glob("*.sql")), key=lambda path: path.name
+    ):
         if not _FILE_NAME.fullmatch(path.name):
             raise MigrationRefused(f"{path}: a migration is named NNNN_words.sql, in small letters")
         if found and found[-1].name[:4] == path.name[:4]:

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import aiohttp
 from aiohttp import web
 
 from billing.prices import PriceBook
-from billing.usage import UsageWriter
 from config.changes import ChangeFeed
 from config.clock import SystemClock
 from config.defaults import Settings
@@ -20,6 +20,7 @@ from config.metrics import Metrics
 from config.postgres import open_pool
 from config.valkey import open_valkey
 from gateway import VERSION
+from gateway.admission import Admission
 from gateway.api import services
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
@@ -29,13 +30,16 @@ from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
 from gateway.edge import bad_request_handler, edge
 from gateway.health import Health
+from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
 from gateway.lifecycle import Lifecycle
+from gateway.money import Money
 from gateway.records import TurnRecords
 from gateway.relay.downstream import ClientProtocol
+from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
@@ -102,16 +106,27 @@ class Gateway:
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
 
-        self.usage = UsageWriter(self._pool, settings)
-        self._records = TurnRecords(self.metrics, self.usage.add)
-        self.lifecycle = Lifecycle(
-            settings, registry=self.registry, prices=prices, clock=clock, pepper=pepper,
-            record=self._records.add, is_full=lambda: self.usage.is_full,
+        self.money = Money(
+            settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
+            pepper=pepper,
         )  # fmt: skip
+        journal = self.money.journal
+        self._records = TurnRecords(self.metrics, journal.append)
+        admission = Admission(
+            settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
+            leases=self.money.leases, is_full=lambda: journal.is_full,
+            count_prompt=partial(count_prompt, self._http, settings),
+        )  # fmt: skip
+        self.lifecycle = Lifecycle(
+            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add
+        )
+        self.keyed_turns = KeyedTurns(
+            self.money.claims, self.lifecycle.run, settings, self.money.incarnation.id
+        )
         self.registry.on_change.append(lambda snapshot: self.lifecycle.upstreams.keep(snapshot.engines))
         self.health = Health(
             settings, pool=self._pool, valkey=self._valkey, feed=feed, registry=self.registry,
-            usage_pending=lambda: self.usage.pending,
+            usage_pending=lambda: journal.pending, is_full=lambda: journal.is_full,
         )  # fmt: skip
 
         app = web.Application(middlewares=[edge], client_max_size=settings.body_bytes_max)
@@ -119,6 +134,7 @@ class Gateway:
         app[services.KEYRING] = keyring
         app[services.ACCOUNTS] = AccountStore(self._pool, self._valkey)
         app[services.LIFECYCLE] = self.lifecycle
+        app[services.KEYED_TURNS] = self.keyed_turns
         app[services.REGISTRY] = self.registry
         app[services.NODES] = nodes
         app[services.NETWORKS] = networks
@@ -132,6 +148,7 @@ class Gateway:
         add_to(app, route_sets)
 
         await self.health.check()
+        await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
         await self.registry.reload(nodes)
         self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
@@ -141,11 +158,12 @@ class Gateway:
             self.registry.run(nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
-            self.usage.run(),
             self._records.run(),
             self.health.run(),
             Caretaker(self._watch_pool, self._pool, settings).run(),
             self._set_gauges(),
+            self._watch_leases(),
+            *self.money.parts(),
         )
         await self._listen(app, sock)
 
@@ -204,11 +222,17 @@ class Gateway:
         while True:
             snapshot, metrics = self.registry.snapshot, self.metrics
             metrics.in_flight.set(self.lifecycle.in_flight)
-            metrics.usage_pending.set(self.usage.pending)
+            self.money.set_gauges()
             metrics.nodes_online.set(snapshot.nodes_online)
             metrics.engines_ready.set(len(snapshot.engines))
             metrics.breakers_open.set(sum(engine.breaker.is_open for engine in snapshot.engines))
             await asyncio.sleep(GAUGES_S)
+
+    async def _watch_leases(self) -> None:
+        """A process that was taken for dead has no money any more: it makes room for another, and its turns are told."""
+        await self.money.leases.is_lost.wait()
+        log.critical("this worker was given up while it lived; it ends", extra={"action": "worker_given_up"})
+        self.failed.set()
 
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
@@ -228,9 +252,10 @@ class Gateway:
             await self._ended_within(CUT_S)
         await manager.shutdown(CUT_S)
         await self._runner.cleanup()
+        await self.keyed_turns.close(CUT_S)
         await self._end_tasks()
         self._records.flush()
-        await self.usage.close()
+        await self.money.close()
         await self._load.leave()
         self.lifecycle.upstreams.close()
         await self._http.close()

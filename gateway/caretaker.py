@@ -1,4 +1,4 @@
-"""Chores that one gateway process does for all: silent nodes, day partitions, the change log's old rows.
+"""Chores that one gateway process does for all: silent nodes and processes, expired holds, old rows.
 
 Whoever holds an advisory lock of PostgreSQL is the caretaker; when its connection ends, another process takes over.
 """
@@ -6,10 +6,14 @@ Whoever holds an advisory lock of PostgreSQL is the caretaker; when its connecti
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 import asyncpg
 
+from billing.idempotency import trim_claims
+from billing.incarnations import abandon_silent, trim_leases
+from billing.ledger import Ledger
 from billing.retention import keep_partitions
 from config.changes import trim_changes
 from config.defaults import Settings
@@ -20,11 +24,14 @@ log = logging.getLogger("poolgate.caretaker")
 
 LOCK = 0x706F6F6C_67617465  # "poolgate" in ASCII: any fixed number that is not migrate's
 
-CHORES_S = 3600.0
-"""How often partitions and the change log are looked at; partitions are made a week ahead."""
+TIDY_S = 3600.0
+"""How often old rows are looked for and partitions made, a week ahead."""
 
-CHORES_RETRY_S = 60.0
-"""How soon after one of them failed."""
+RESOLVE_S = 60.0
+"""How often what ran out is resolved: silent processes and pending transfers, whose bounds are minutes and hours."""
+
+RETRY_S = 60.0
+"""How soon after a chore failed."""
 
 
 class Caretaker:
@@ -38,7 +45,7 @@ class Caretaker:
         self._settings = settings
         self._watching_since_s: float | None = None
         self._seen_s = 0.0
-        self._chores_at_s = 0.0
+        self._due_s = {self._tidy: 0.0, self._resolve: 0.0}
 
     async def run(self) -> None:
         """Until cancelled; PostgreSQL's absence only pauses it."""
@@ -80,14 +87,14 @@ class Caretaker:
                 log.warning(
                     "node %s is silent and left", node_id, extra={"action": "node_expired", "node": node_id}
                 )
-        if now_s >= self._chores_at_s:
-            self._chores_at_s = now_s + (CHORES_S if await self._tidied() else CHORES_RETRY_S)
+        for chore, period_s in ((self._resolve, RESOLVE_S), (self._tidy, TIDY_S)):
+            if now_s >= self._due_s[chore]:
+                self._due_s[chore] = now_s + (period_s if await self._is_done(chore) else RETRY_S)
 
-    async def _tidied(self) -> bool:
-        """Partitions and the change log. A failure here, as of a lock that a long report holds, concerns no node."""
+    async def _is_done(self, chore: Callable[[], Awaitable[None]]) -> bool:
+        """A failure here, as of a lock that a long report holds, concerns no node."""
         try:
-            await keep_partitions(self._pool, self._settings)
-            await trim_changes(self._pool)
+            await chore()
         except AWAY as error:
             log.warning(
                 "a chore failed and is tried again: %s",
@@ -96,3 +103,14 @@ class Caretaker:
             )
             return False
         return True
+
+    async def _resolve(self) -> None:
+        await abandon_silent(self._pool, self._settings)
+        async with self._pool.acquire() as connection, connection.transaction():
+            await Ledger().expire_due(connection)
+
+    async def _tidy(self) -> None:
+        await keep_partitions(self._pool, self._settings)
+        await trim_changes(self._pool)
+        await trim_leases(self._pool)
+        await trim_claims(self._pool, self._settings)

@@ -11,10 +11,12 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
 
+from billing.holds import BYTES_PER_TOKEN, USUAL_OUTPUT_TOKENS
 from billing.money import to_minor_up
 from config.defaults import Settings
 from gateway.errors import NoNodeAvailable
@@ -35,7 +37,7 @@ from nodes.routing.snapshot import Engine
 log = logging.getLogger("poolgate.turns")
 
 OUTPUT_TOKENS_GUESS_MAX = 1024
-"""What an answer without a small token limit counts for as load: few answers are longer."""
+"""What answers with a large token limit count for as load: few are longer."""
 
 NO_NODE_RETRY_AFTER_S = 5
 
@@ -43,15 +45,26 @@ JSON = {"content-type": "application/json"}
 
 
 class Dispatcher:
-    """Sends turns to engines. `settle` is called once a turn's answer is whole, before its last bytes go out."""
+    """Sends turns to engines.
+
+    `settle` is called once a turn's answer is whole, before its last bytes go out; `covers` when an engine went past the
+    turn's token limit: how many output tokens are paid for (`gateway.relay.exchange.Delivery`).
+    """
 
     def __init__(
-        self, settings: Settings, *, registry: Registry, pepper: bytes, settle: Callable[[Turn], None]
+        self,
+        settings: Settings,
+        *,
+        registry: Registry,
+        pepper: bytes,
+        settle: Callable[[Turn], None],
+        covers: Callable[[Turn, Tokens], int],
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._pepper = pepper
         self._settle = settle
+        self._covers = covers
         self._salts: dict[int, str] = {}
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
         self.upstreams = Upstreams(settings)
@@ -59,7 +72,7 @@ class Dispatcher:
     async def dispatch(self, turn: Turn, down: Downstream) -> None:
         """Try engines until one answers; another one only while the client got nothing but comments. Raises ApiError."""
         body = self._engine_body(turn)
-        tokens = len(body) // 4 + min(turn.ask.output_tokens, OUTPUT_TOKENS_GUESS_MAX)
+        tokens = len(body) // BYTES_PER_TOKEN + _expected_output(turn)
         tried: list[Engine] = []
         faults: list[EngineFault] = []
         while len(tried) < self._settings.dispatch_attempts_max:
@@ -179,7 +192,7 @@ class Dispatcher:
 
     async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
         ask = turn.ask
-        headers = {"x-request-id": turn.request_id}
+        headers = {"x-request-id": turn.request_id, **turn.headers}
         if ask.tap is None:
             await self._relay_whole(turn, connection, down, headers)
             return
@@ -188,8 +201,10 @@ class Dispatcher:
         if ask.time_limit_s is not None:
             used_s = time.monotonic() - turn.started_s
             ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
-        stream_headers = EVENT_STREAM | headers
-        delivery = Delivery(tap, down, stream_headers, turn.first_event, ask.gathers, ends_at_s)
+        delivery = Delivery(
+            tap, down, EVENT_STREAM | headers, turn.first_event, partial(self._covers, turn),
+            turn.bound.choices * turn.bound.output_tokens, ask.gathers, ends_at_s,
+        )  # fmt: skip
         try:
             await stream(connection, delivery, self._settings)
         finally:
@@ -224,6 +239,12 @@ class Dispatcher:
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
         down.answer(200, JSON | headers, add_cost(body, cost_minor))
+
+
+def _expected_output(turn: Turn) -> int:
+    bound = turn.bound
+    each = bound.output_tokens if bound.is_limited else min(USUAL_OUTPUT_TOKENS, bound.output_tokens)
+    return min(bound.choices * each, OUTPUT_TOKENS_GUESS_MAX)
 
 
 def _estimated(asked: dict[str, Any], answer: bytes) -> Tokens:

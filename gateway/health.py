@@ -46,6 +46,7 @@ class Health:
         feed: ChangeFeed,
         registry: Registry,
         usage_pending: Callable[[], int],
+        is_full: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._pool = pool
@@ -53,6 +54,7 @@ class Health:
         self._feed = feed
         self._registry = registry
         self._usage_pending = usage_pending
+        self._is_full = is_full
         self._started_s = time.monotonic()
         self._stores = (
             Component("database", "unhealthy", "not checked yet"),
@@ -118,13 +120,12 @@ class Health:
                 "breakers_open": open_breakers,
             },
         )
-        pending = self._usage_pending()
-        is_full = pending >= self._settings.usage_pending_max
+        is_full = self._is_full()
         metering = Component(
             "metering",
             "unhealthy" if is_full else "healthy",
-            "usage can't be written" if is_full else None,
-            {"pending": pending},
+            "the journal is full: turns are refused until PostgreSQL takes what waits" if is_full else None,
+            {"pending": self._usage_pending()},
         )
         return [Component("application", "healthy"), *self._stores, nodes, metering]
 

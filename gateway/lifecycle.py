@@ -1,53 +1,63 @@
 """The life of a turn: admit, dispatch, settle. Every surface's inference request passes through `run`.
 
-What a surface looks like is `gateway.api`; which engine a turn goes to and how it is relayed is `gateway.dispatch`. A turn
-is settled exactly once whatever way it ended, in memory, before its last bytes go out; nothing here waits for a database.
+What a surface looks like is `gateway.api`; whether a turn may begin is `gateway.admission`; which engine it goes to and how it
+is relayed is `gateway.dispatch`. A turn is settled exactly once whatever way it ended, in memory and in the journal, before its
+last bytes go out.
 """
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from typing import Any
 
-from billing.prices import PriceBook, cost_nano
+from billing.prices import cost_nano
 from billing.usage import UsageRecord
-from config.clock import Clock
 from config.defaults import Settings
-from gateway.dispatch import NO_NODE_RETRY_AFTER_S, Dispatcher
-from gateway.errors import ApiError, InsufficientQuota, ModelNotFound, Unavailable, error_event
+from gateway.admission import Admission
+from gateway.dispatch import Dispatcher
+from gateway.errors import ApiError, Unavailable, error_event
 from gateway.identity.keyring import Principal
 from gateway.relay.downstream import ClientGone, Downstream
+from gateway.relay.events import Tokens
 from gateway.relay.upstreams import Upstreams
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
 
+OVERRUN_STEP = 64
+"""Tokens that an engine's overrun is paid for at a time."""
+
 
 class Lifecycle:
-    """Runs turns. `record` gets one usage record for each, in memory; `is_full` says that no more can be taken."""
+    """Runs turns. `record` gets one usage record for each, which is safe from the process's death when it returns."""
 
     def __init__(
         self,
         settings: Settings,
         *,
         registry: Registry,
-        prices: PriceBook,
-        clock: Clock,
+        admission: Admission,
         pepper: bytes,
         record: Callable[[UsageRecord], None],
-        is_full: Callable[[], bool],
     ) -> None:
-        self._registry = registry
-        self._prices = prices
-        self._clock = clock
+        self._admission = admission
         self._record = record
-        self._is_full = is_full
-        self._dispatcher = Dispatcher(settings, registry=registry, pepper=pepper, settle=self._settle)
+        self._dispatcher = Dispatcher(
+            settings, registry=registry, pepper=pepper, settle=self._settle, covers=self._covers
+        )
         self._running: set[asyncio.Task[Any]] = set()
         self._cut: set[asyncio.Task[Any]] = set()
 
-    async def run(self, ask: Ask, principal: Principal, request_id: str, down: Downstream) -> Turn:
+    async def run(
+        self,
+        ask: Ask,
+        principal: Principal,
+        request_id: str,
+        down: Downstream,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Turn:
         """One whole turn. Raises ApiError only while nothing was sent to the client."""
-        turn = self._admit(ask, principal, request_id)
+        turn = await self._admission.admit(ask, principal, request_id)
+        turn.idempotency_key = idempotency_key
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
@@ -77,6 +87,7 @@ class Lifecycle:
     def _refuse(self, turn: Turn, down: Downstream, error: ApiError) -> None:
         """Say `error` in the way that is still open: raised while nothing was sent, else as the stream's last event."""
         turn.status = error.status
+        error.headers |= turn.headers
         self._settle(turn)
         if not down.is_started:
             raise error
@@ -98,29 +109,21 @@ class Lifecycle:
             self._cut.add(task)
             task.cancel()
 
-    def _admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
-        """May this key have this turn at all? Limits, budgets and the hold have their place here, after the funds."""
-        model = ask.body["model"]
-        if principal.models is not None and model not in principal.models:
-            raise ModelNotFound(param="model")
-        served = self._registry.snapshot.by_model.get(model)
-        if served is None and model not in self._prices.models():
-            raise ModelNotFound(param="model")
-        if served is not None and all(engine.models[model].kind != ask.kind for engine in served):
-            raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
-        if not principal.has_funds:
-            raise InsufficientQuota
-        if self._is_full():
-            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
-        now = self._clock.now()
-        turn_id = uuid.UUID(request_id.removeprefix("req_"))
-        return Turn(turn_id, request_id, principal, ask, model, self._prices.price(model, now), now)
+    def _covers(self, turn: Turn, tokens: Tokens) -> int:
+        """Output tokens that are paid for, once an engine went past the turn's limit: the hold grows while the lease has room."""
+        cost = self._cost(turn, tokens) + self._cost(turn, Tokens(completion=OVERRUN_STEP))
+        if cost > turn.hold.amount_nano and not turn.hold.extend(cost - turn.hold.amount_nano):
+            return 0
+        return tokens.completion + OVERRUN_STEP
+
+    def _cost(self, turn: Turn, tokens: Tokens) -> int:
+        return cost_nano(turn.price, tokens.prompt, tokens.cached, tokens.completion, turn.ask.price_percent)
 
     def _settle(self, turn: Turn) -> None:
-        """Price what was delivered and record it: once, in memory, whatever way the turn ended."""
+        """Price what was delivered, charge the hold with it and journal it: once, in memory, whatever way the turn ended."""
         if turn.is_settled:
             return
         turn.is_settled = True
-        tokens = turn.tokens
-        turn.amount_nano = cost_nano(turn.price, tokens.prompt, tokens.cached, tokens.completion)
+        turn.amount_nano, turn.loss_nano = turn.hold.settle(self._cost(turn, turn.tokens))
+        turn.quota.end(turn.limited_tokens)
         self._record(turn.usage_record())

@@ -1,4 +1,4 @@
-"""Where settled turns go: to the usage writer at once, to metrics and the log in batches beside the request path."""
+"""Where settled turns go: into the journal at once, to metrics and the log in batches beside the request path."""
 
 import asyncio
 import logging
@@ -54,6 +54,8 @@ class TurnRecords:
             tokens[model, "cached_prompt"] += record.cached_tokens
             tokens[model, "completion"] += record.completion_tokens
             charged[model] += record.amount_nano
+            if record.loss_nano:
+                metrics.platform_loss.labels(record.node_id).inc(record.loss_nano)
         for names, count in turns.items():
             metrics.turns.labels(*names).inc(count)
         for kind, count in tokens.items():

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from billing.prices import Price
+from billing.holds import Bound
+from billing.leases import Hold
+from billing.limits import Admission as Quota
+from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
@@ -29,20 +32,24 @@ class Ask:
     """What a surface asks of the lifecycle: a validated body, and how its answer is to be read and given.
 
     `tap` makes the filter of one attempt, for a stream; without it the engine is asked for one whole answer. `gathers`:
-    the engine streams but the client gets one answer, which `render` makes (/v1/complete).
+    the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
+    request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the price
+    online (a batch's turns cost less).
     """
 
     route: str
     engine_path: str
     kind: Literal["generate", "pooling"]
     body: dict[str, Any]
+    body_bytes: int
     is_stream: bool
-    output_tokens: int
+    limit_field: str | None = None
     tap: Callable[[], Tap] | None = None
     gathers: bool = False
     render: Callable[["Turn", Tap, int], bytes] | None = None
     provider_id: int | None = None
     time_limit_s: float | None = None
+    price_percent: int = ONLINE_PERCENT
 
 
 @dataclass(slots=True)
@@ -55,6 +62,9 @@ class Turn:
     ask: Ask
     model: str
     price: Price
+    bound: Bound
+    hold: Hold
+    quota: Quota
     started_at: float
     started_s: float = field(default_factory=time.monotonic)
     engine: Engine | None = None
@@ -63,11 +73,21 @@ class Turn:
     status: int = 0
     first_event_s: float | None = None
     amount_nano: int = 0
+    loss_nano: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = None
     is_settled: bool = False
 
     def first_event(self) -> None:
         """The engine's first event is here; a retry starts its time anew."""
         self.first_event_s = time.monotonic()
+
+    @property
+    def limited_tokens(self) -> int:
+        """What counts against token limits: what was used, and the prompt of a client that left before its answer began."""
+        if self.outcome == "client_gone" and self.first_event_s is None:
+            return self.bound.usual_prompt_tokens
+        return self.tokens.prompt + self.tokens.completion
 
     @property
     def ttft_ms(self) -> int | None:
@@ -102,4 +122,8 @@ class Turn:
             duration_ms=self.duration_ms,
             amount_nano=self.amount_nano,
             price_ref=self.price.ref,
+            provider_id=engine.account_id if engine is not None else None,
+            loss_nano=self.loss_nano,
+            budgets=self.hold.budgets,
+            idempotency_key=self.idempotency_key,
         )

@@ -48,7 +48,7 @@ class TestGateway:
         *urls: str,
         model: str = MODEL,
         kind: str = "generate",
-        context_length: int = 2048,
+        context_length: int = 131_072,
         account_id: int | None = None,
     ) -> list[str]:
         """Make each URL an engine on a node of its own; returns when turns can go there. The engines' keys."""

@@ -10,8 +10,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.api.credentials import authenticate
-from gateway.api.services import HEALTH, LIFECYCLE, REQUEST_ID, SETTINGS
+from gateway.api.services import HEALTH, KEYED_TURNS, LIFECYCLE, REQUEST_ID, SETTINGS
 from gateway.errors import ApiError, BadRequest, BodyTooLarge, RequestTimeout
+from gateway.idempotent import key_of
 from gateway.relay.downstream import ClientGone, HttpDownstream, Relayed
 from gateway.turn import Ask
 
@@ -24,13 +25,20 @@ JSON_TYPES = ("application/json", "application/octet-stream")
 async def infer(request: web.Request, ask_of: Callable[[bytes, web.Request], Ask]) -> web.StreamResponse:
     """Run one turn for `request`; `ask_of` decodes its body."""
     principal = await authenticate(request, "inference")
-    ask = ask_of(await read_body(request), request)
+    key = key_of(request.headers)
+    body = await read_body(request)
+    ask = ask_of(body, request)
     app = request.app
     down = HttpDownstream(
         request, stall_s=app[SETTINGS].client_stall_s, keeps_alive=not app[HEALTH].is_draining
     )
     try:
-        await request.app[LIFECYCLE].run(ask, principal, request[REQUEST_ID], down)
+        if key is None:
+            await app[LIFECYCLE].run(ask, principal, request[REQUEST_ID], down)
+        else:
+            turns = app[KEYED_TURNS]
+            request_hash = turns.request_hash(request.method, request.path, body)
+            await turns.run(ask, principal, request[REQUEST_ID], down, key=key, request_hash=request_hash)
     except ClientGone:
         return Relayed(down, whole=False)
     except ApiError:

@@ -6,6 +6,7 @@ from billing.prices import PriceBook
 from config.defaults import Settings
 from config.metrics import Metrics
 from gateway.health import Health
+from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.lifecycle import Lifecycle
@@ -16,6 +17,7 @@ from nodes.registry import Registry
 SETTINGS = web.AppKey("settings", Settings)
 KEYRING = web.AppKey("keyring", KeyRing)
 ACCOUNTS = web.AppKey("accounts", AccountStore)
+KEYED_TURNS = web.AppKey("keyed_turns", KeyedTurns)
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REGISTRY = web.AppKey("registry", Registry)
 NODES = web.AppKey("nodes", NodeStore)

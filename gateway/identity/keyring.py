@@ -9,6 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
+from billing.leases import Budget
+from billing.limits.rules import Subject
 from config.changes import EVERYTHING
 from config.clock import Clock
 from config.defaults import Settings
@@ -47,7 +49,10 @@ class Principal:
     account_name: str
     scopes: frozenset[str]
     models: frozenset[str] | None  # None: every model
-    has_funds: bool
+    subjects: tuple[
+        Subject, ...
+    ] = ()  # whose rate limits its requests count against: the key's, the account's
+    budgets: tuple[Budget, ...] = ()  # that its turns are held from, beside the wallet
 
 
 class KeyFinder(Protocol):
@@ -111,7 +116,7 @@ class KeyRing:
         self._drop(digest)
 
     def forget_account(self, entity: str) -> None:
-        """An account was changed, or its balance crossed zero; `entity` is its id, or EVERYTHING."""
+        """An account, its tier or a budget of it was changed; `entity` is its id, or EVERYTHING."""
         self._changes += 1
         if entity == EVERYTHING:
             self._forget_all()

@@ -6,18 +6,31 @@ What a process remembers of them is keyring.py's; revocations reach it through t
 # ruff: noqa: S608 (statements are put together from this module's own texts, values are parameters)
 
 import datetime as dt
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import asyncpg
 from redis.asyncio import Redis
 
+from billing.leases import Budget
+from billing.limits.rules import Subject, limits_of
 from config.changes import wake_feeds
 from gateway.identity.accounts import UnknownAccount
 from gateway.identity.keyring import Principal
 from gateway.identity.secrets import check_secret, display_prefix, hash_secret, new_secret
 
 COLUMNS = "id, account_id, name, prefix, scopes, models, created_at, revoked_at, last_used_at"
+
+# Everything that a principal is: a key seen first costs this one question. An account's own limits win over its tier's.
+FIND = """
+select k.id, k.account_id, a.name, k.scopes, k.models, k.limits,
+    coalesce(t.limits, '{}') || a.limits as account_limits,
+    (select coalesce(json_agg(json_build_array(b.id, b.key_id, b.period) order by b.id), '[]') from budgets b
+     where b.account_id = k.account_id and (b.key_id is null or b.key_id = k.id)) as budgets
+from api_keys k join accounts a on a.id = k.account_id left join tiers t on t.name = a.tier
+where k.digest = $1 and k.revoked_at is null and a.status = 'active'
+"""
 
 
 class KeyExists(ValueError):
@@ -108,12 +121,7 @@ class KeyStore:
 
     async def find(self, digest: bytes) -> Principal | None:
         """Whom a key speaks for; None if there is none, it is revoked or its account suspended."""
-        row = await self._pool.fetchrow(
-            "select k.id, k.account_id, a.name, k.scopes, k.models, a.balance_nano > 0 as has_funds"
-            " from api_keys k join accounts a on a.id = k.account_id"
-            " where k.digest = $1 and k.revoked_at is null and a.status = 'active'",
-            digest,
-        )
+        row = await self._pool.fetchrow(FIND, digest)
         if row is None:
             return None
         return Principal(
@@ -122,8 +130,16 @@ class KeyStore:
             account_name=row["name"],
             scopes=frozenset(row["scopes"]),
             models=None if row["models"] is None else frozenset(row["models"]),
-            has_funds=row["has_funds"],
+            subjects=_subjects(row),
+            budgets=tuple(Budget(*fields) for fields in json.loads(row["budgets"])),
         )
+
+
+def _subjects(row: asyncpg.Record) -> tuple[Subject, ...]:
+    """Whose limits count; what has none is left out, so that most keys cost the limiter nothing."""
+    of_key = Subject("key", row["id"], limits_of(row["limits"]))
+    of_account = Subject("account", row["account_id"], limits_of(row["account_limits"]))
+    return tuple(subject for subject in (of_key, of_account) if subject.limits.is_any)
 
 
 def _key(row: asyncpg.Record | None) -> ApiKey:

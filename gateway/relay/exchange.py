@@ -8,10 +8,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone, Downstream
-from gateway.relay.events import error_of, first_event
+from gateway.relay.events import Tokens, error_of, first_event
 from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent, too_long
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
@@ -22,17 +23,26 @@ log = logging.getLogger("poolgate.relay")
 ERROR_BODY_MAX = 65536
 """Bytes of an engine's error answer that are read; vLLM's are below 1 KiB."""
 
+OVERRUN: dict[str, Any] = {}
+"""Stands in a tap for the error that the engine did not send: it went on past what was asked for and is paid."""
+
 KEEPALIVE = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Where a stream goes: to `down` event by event, or, with `gathered`, only into the tap."""
+    """Where a stream goes: to `down` event by event, or, with `gathered`, only into the tap.
+
+    `tokens_max`: output tokens that are paid for. Past it `covers` is asked for a new bound; the stream ends when that
+    is no higher than what was produced.
+    """
 
     tap: Tap
     down: Downstream
     headers: dict[str, str]
     on_first: Callable[[], None]
+    covers: Callable[[Tokens], int]
+    tokens_max: int
     gathered: bool = False
     ends_at_s: float | None = None
 
@@ -45,6 +55,8 @@ async def stream(connection: UpstreamConnection, delivery: Delivery, settings: S
     _open(connection, delivery, settings.event_bytes_max)
     await _flow(connection, delivery, settings)
     tap = delivery.tap
+    if tap.error is OVERRUN:
+        raise broken("the engine produced more tokens than were asked for and paid")
     if tap.error is not None:
         raise fault_of_event(tap.error)
     if not tap.is_whole:
@@ -91,16 +103,22 @@ def _say_waiting(delivery: Delivery) -> None:
 def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: int) -> None:
     """Send what has come, and let what comes go straight from socket to socket."""
     tap, down, gathered = delivery.tap, delivery.down, delivery.gathered
+    tokens_max = delivery.tokens_max
     if not gathered and not down.is_started:
         down.start(delivery.headers)
 
     def pass_on(data: bytes) -> None:
+        nonlocal tokens_max
         out = tap.feed(data)
         if out and not gathered:
             down.write(out)
             if down.is_full:
                 connection.pause()
                 connection.poke()
+        if tap.tokens.completion > tokens_max:
+            tokens_max = delivery.covers(tap.tokens)
+            if tap.tokens.completion > tokens_max and tap.error is None:
+                tap.error = OVERRUN
         if tap.is_done or tap.error is not None or tap.pending_bytes > event_bytes_max:
             connection.poke()
 

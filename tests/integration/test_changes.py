@@ -61,7 +61,7 @@ NODE = ("node", "00000000-0000-0000-0000-000000000001")
 
 @pytest.fixture
 async def rows(pool: asyncpg.Pool) -> None:
-    await pool.execute("insert into accounts (name, balance_nano) values ('a', 10)")
+    await pool.execute("insert into accounts (name) values ('a')")
     await pool.execute(
         f"insert into api_keys (account_id, digest, prefix) values (1, '\\x{KEY[1]}', 'sk'),"
         f" (1, '\\x{'cd' * 32}', 'sk')"
@@ -84,9 +84,20 @@ async def rows(pool: asyncpg.Pool) -> None:
         ("insert into accounts (name) values ('b')", []),
         ("update accounts set status = 'suspended'", [("account", "1")]),
         ("update accounts set approval_status = 'pending'", [("account", "1")]),
-        ("update accounts set balance_nano = 1", []),
-        ("update accounts set balance_nano = 0", [("account", "1")]),
-        ("update accounts set balance_nano = -5", [("account", "1")]),
+        ("update accounts set time_zone = 'Asia/Riyadh'", [("account", "1")]),
+        ("update accounts set limits = '{\"concurrency\": 1}'", [("account", "1")]),
+        ("insert into tiers (name) values ('t')", []),
+        (
+            "insert into tiers (name) values ('t'); update tiers set limits = '{\"concurrency\": 1}'",
+            [("account", "*")],
+        ),
+        ("update api_keys set limits = '{\"concurrency\": 1}' where id = 1", [KEY]),
+        ("update ledger_accounts set credit_nano = 10 where kind = 'wallet'", [("wallet", "1")]),
+        ("update ledger_accounts set debit_nano = 0, leased_nano = 0", []),
+        (
+            "insert into budgets (account_id, period, limit_nano) values (1, 'day', 10)",
+            [("budget", "1"), ("account", "1")],
+        ),
         ("update nodes set last_heartbeat_at = now(), gpu_status = '{\"t\": 1}', agent_version = '2'", []),
         ("update nodes set state = 'online'", [NODE]),
         ("update nodes set epoch = epoch + 1", [NODE]),
@@ -101,13 +112,6 @@ async def test_rows_that_processes_must_hear_of_are_logged_and_no_others(
     pool: asyncpg.Pool, statement: str, expected: list[tuple[str, str]]
 ) -> None:
     assert await logged(pool, statement) == expected
-
-
-@pytest.mark.usefixtures("rows")
-async def test_a_balance_that_rises_above_zero_is_logged(pool: asyncpg.Pool) -> None:
-    await pool.execute("update accounts set balance_nano = 0")
-    assert await logged(pool, "update accounts set balance_nano = -1") == []
-    assert await logged(pool, "update accounts set balance_nano = 1") == [("account", "1")]
 
 
 async def test_polling_alone_delivers_each_change_once(pool: asyncpg.Pool, settings: Settings) -> None:

@@ -78,7 +78,7 @@ async def test_an_engine_with_an_open_breaker_does_not_count(gw, engine):
 
 async def test_usage_that_can_not_be_written_any_more_is_unhealthy(gw, engine, monkeypatch):
     await gw.register(engine.url)
-    monkeypatch.setattr(gw.gateway.health, "_usage_pending", lambda: gw.gateway.settings.usage_pending_max)
+    monkeypatch.setattr(gw.gateway.health, "_is_full", lambda: True)
     found = await components(gw)
     assert (found["overall"], found["metering"]["status"]) == ("unhealthy", "unhealthy")
 
@@ -115,7 +115,7 @@ async def test_a_frozen_postgres_degrades_and_every_probe_answers_at_once(settin
             async with await gw.post("/v1/chat/completions", ASK) as reply:
                 assert reply.status == 200, "serving goes on"
         await eventually(reports(gw, "overall", "healthy"))
-        await eventually(lambda: gw.gateway.usage.pending == 0)
+        await eventually(lambda: gw.gateway.money.journal.pending == 0)
         assert await pool.fetchval("select count(*) from usage") == 2
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.identity.accounts import AccountStore
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import load_pepper
 from tests.gateways import MODEL, TestGateway, running_gateway
 from tests.waiting import eventually
 
@@ -71,15 +74,18 @@ async def test_a_usage_row_is_written_and_its_account_charged(gw, engine, pool):
     await stream(gw, STREAM | {"max_tokens": 100, "ignore_eos": True})
     record = (await gw.settled(1))[0]
     assert record.amount_nano > 0
-    await eventually(lambda: gw.gateway.usage.pending == 0)
+    await eventually(lambda: gw.gateway.money.journal.pending == 0)
     row = await pool.fetchrow("select * from usage")
     assert (row["turn_id"], row["completion_tokens"], row["amount_nano"]) == (
         record.turn_id,
         100,
         record.amount_nano,
     )
-    balance = await pool.fetchval("select balance_nano from accounts where id = $1", gw.account_id)
-    assert balance == 100 * 10**9 - record.amount_nano
+    wallet = await pool.fetchval(
+        "select credit_nano - debit_nano from ledger_accounts where kind = 'wallet' and owner_id = $1",
+        gw.account_id,
+    )
+    assert wallet == 100 * 10**9 - record.amount_nano
 
 
 async def test_usage_that_was_not_asked_for_is_stripped_and_still_counted(gw, engine):
@@ -624,16 +630,16 @@ async def test_a_key_limited_to_models_sees_and_uses_only_those(settings, pool, 
 
 async def test_an_empty_wallet_is_402_within_a_moment_and_a_topped_up_one_goes_on(gw, engine, pool):
     await gw.register(engine.url)
-    await stream(gw)
-    await pool.execute("update accounts set balance_nano = 0 where id = $1", gw.account_id)
+    accounts = AccountStore(pool)
+    poor = await accounts.create("poor")
+    _, gw.key = await KeyStore(pool, load_pepper(gw.gateway.settings)).create(poor.id, prefix="sk-pg-")
 
     async def status() -> int:
         return (await stream(gw))[0]
 
+    assert await status() == 402
+    await accounts.credit(poor.id, 10**9)
     async with asyncio.timeout(5):
-        while await status() != 402:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-        await pool.execute("update accounts set balance_nano = 1000000000 where id = $1", gw.account_id)
         while await status() != 200:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 

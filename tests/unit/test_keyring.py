@@ -32,8 +32,8 @@ def entity(secret: str) -> str:
     return digest(secret).hex()
 
 
-def principal(key_id: int = 1, account_id: int = 1, *, has_funds: bool = True) -> Principal:
-    return Principal(key_id, account_id, f"account {account_id}", frozenset({"inference"}), None, has_funds)
+def principal(key_id: int = 1, account_id: int = 1, *, models: frozenset[str] | None = None) -> Principal:
+    return Principal(key_id, account_id, f"account {account_id}", frozenset({"inference"}), models)
 
 
 class Database:

@@ -4,6 +4,7 @@ from functools import partial
 
 from aiohttp import web
 
+from billing.holds import COMPLETION_TOKENS_DEFAULT, text_bytes
 from gateway.api.inference import infer, stream_options
 from gateway.api.openai.decode import Body, decode_chat, decode_completion, prompt_count
 from gateway.api.openai.schemas_answers import CHAT_ANSWERS, COMPLETION_ANSWERS
@@ -15,12 +16,6 @@ from gateway.turn import Ask
 routes = Routes(surface="openai", tag="Inference")
 
 TURN_ERRORS = (400, 402, 404, 413, 429, 502, 503, 504)
-
-OUTPUT_TOKENS_GUESS = 256
-"""What an answer without a token limit is expected to be, as load on an engine."""
-
-COMPLETION_TOKENS_DEFAULT = 16
-"""OpenAI's default of `max_tokens` for completions, which vLLM has too."""
 
 
 @routes.post(
@@ -46,20 +41,19 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 def _chat_ask(raw: bytes, request: web.Request) -> Ask:
     body = decode_chat(raw)
-    limit = body.get("max_tokens", OUTPUT_TOKENS_GUESS)
-    return openai_ask(request.path, body, choices=body.get("n", 1), prompts=1, output_tokens=limit)
+    return openai_ask(request.path, body, text_bytes(raw), choices=body.get("n", 1))
 
 
 def _completion_ask(raw: bytes, request: web.Request) -> Ask:
     body = decode_completion(raw)
     prompts = prompt_count(body)
-    limit = body.get("max_tokens", COMPLETION_TOKENS_DEFAULT)
+    body.setdefault("max_tokens", COMPLETION_TOKENS_DEFAULT)
     return openai_ask(
-        request.path, body, choices=body.get("n", 1) * prompts, prompts=prompts, output_tokens=limit
+        request.path, body, text_bytes(raw), choices=body.get("n", 1) * prompts, prompts=prompts
     )
 
 
-def openai_ask(route: str, body: Body, *, choices: int, prompts: int, output_tokens: int) -> Ask:
+def openai_ask(route: str, body: Body, body_bytes: int, *, choices: int, prompts: int = 1) -> Ask:
     """The Ask of a chat or completion body; its path is the engine's path too."""
     is_stream = bool(body.get("stream"))
     tap = None
@@ -75,7 +69,8 @@ def openai_ask(route: str, body: Body, *, choices: int, prompts: int, output_tok
         kind="generate",
         provider_id=body.pop("provider_id", None),
         body=body,
+        body_bytes=body_bytes,
         is_stream=is_stream,
-        output_tokens=choices * output_tokens,
+        limit_field="max_tokens",
         tap=tap,
     )

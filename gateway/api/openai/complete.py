@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from billing.holds import text_bytes
 from gateway.api.inference import infer, stream_options
 from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import complete_to_chat, decode_complete
@@ -65,8 +66,9 @@ def _ask(raw: bytes, request: web.Request, *, gathers: bool) -> Ask:
         kind="generate",
         provider_id=body.pop("provider_id", None),
         body=body,
+        body_bytes=text_bytes(raw),
         is_stream=not gathers,
-        output_tokens=body["max_tokens"],
+        limit_field="max_tokens",
         tap=partial(CompleteTap, body["messages"]),
         gathers=gathers,
         render=_answer if gathers else None,

@@ -2,6 +2,7 @@
 
 from aiohttp import web
 
+from billing.holds import text_bytes
 from gateway.api.inference import infer
 from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import decode_embeddings
@@ -33,6 +34,6 @@ def _ask(raw: bytes, request: web.Request) -> Ask:
         kind="pooling",
         provider_id=body.pop("provider_id", None),
         body=body,
+        body_bytes=text_bytes(raw, "NFKC"),
         is_stream=False,
-        output_tokens=0,
     )

@@ -4,8 +4,9 @@ from functools import partial
 
 from aiohttp import web
 
+from billing.holds import text_bytes
 from gateway.api.inference import infer
-from gateway.api.openai.chat import OUTPUT_TOKENS_GUESS, TURN_ERRORS
+from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import decode_responses
 from gateway.api.openai.schemas_answers import RESPONSES_ANSWERS
 from gateway.api.openai.schemas_responses import ResponsesRequest
@@ -34,7 +35,8 @@ def _ask(raw: bytes, request: web.Request) -> Ask:
         kind="generate",
         provider_id=body.pop("provider_id", None),
         body=body,
+        body_bytes=text_bytes(raw),
         is_stream=is_stream,
-        output_tokens=body.get("max_output_tokens", OUTPUT_TOKENS_GUESS),
+        limit_field="max_output_tokens",
         tap=partial(ResponsesTap, body["input"]) if is_stream else None,
     )

@@ -1,0 +1,178 @@
+"""May this turn begin? Asks for the model, the rate limits and the money, each from memory unless it can't be known there.
+
+What it sets aside, a part of the limits and a hold of the wallet, is the turn's until its settlement gives back the rest.
+"""
+
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+from billing.holds import (
+    SHAPES,
+    Bound,
+    UnpricedMedia,
+    bound_of,
+    clamped_tokens,
+    hold_nano,
+    least_nano,
+    limit_tokens,
+)
+from billing.leases import BillingUnavailable, BudgetExceeded, Hold, InsufficientFunds, SpendLeases
+from billing.limits import Admission as Quota
+from billing.limits import LimitExceeded, Limiter
+from billing.prices import Price, PriceBook
+from config.clock import Clock
+from config.defaults import Settings
+from gateway import errors
+from gateway.dispatch import NO_NODE_RETRY_AFTER_S
+from gateway.errors import ApiError, BadRequest, InsufficientQuota, ModelNotFound, RateLimited, Unavailable
+from gateway.identity.keyring import Principal
+from gateway.turn import Ask, Turn
+from nodes.registry import Registry
+from nodes.routing.snapshot import Engine
+
+CLAMPED = "x-poolgate-max-tokens"
+"""Header that tells the token limit which a request without one got, because its wallet buys no more."""
+
+BILLING_RETRY_AFTER_S = 2
+
+CountPrompt = Callable[[Ask, Engine], Awaitable[int | None]]
+
+
+@dataclass(slots=True)
+class Funding:
+    """What a turn needs at most, and what it got."""
+
+    price: Price
+    bound: Bound
+    percent: int
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def amount_nano(self) -> int:
+        return hold_nano(self.price, self.bound, self.percent)
+
+
+class Admission:
+    """Admits turns. `is_full` says that no more can be journaled; `count_prompt` asks an engine how long a prompt is."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        registry: Registry,
+        prices: PriceBook,
+        clock: Clock,
+        limiter: Limiter,
+        leases: SpendLeases,
+        is_full: Callable[[], bool],
+        count_prompt: CountPrompt,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._prices = prices
+        self._clock = clock
+        self._limiter = limiter
+        self._leases = leases
+        self._is_full = is_full
+        self._count_prompt = count_prompt
+
+    async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
+        """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
+        model = ask.body["model"]
+        engines = self._engines(ask, principal, model)
+        if self._is_full():
+            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
+        now = self._clock.now()
+        funding = self._funding(ask, engines, self._prices.price(model, now))
+        quota = await self._quota(principal, limit_tokens(funding.bound))
+        try:
+            hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
+            if hold is None:
+                hold = await self._hold(ask, principal, funding, engines)
+        except BaseException as error:
+            quota.end(0)
+            if isinstance(error, ApiError):
+                error.headers |= quota.headers
+            raise
+        turn_id = uuid.UUID(request_id.removeprefix("req_"))
+        return Turn(
+            turn_id, request_id, principal, ask, model, funding.price, funding.bound, hold, quota, now,
+            headers=quota.headers | funding.headers if funding.headers else quota.headers,
+        )  # fmt: skip
+
+    def _engines(self, ask: Ask, principal: Principal, model: str) -> tuple[Engine, ...]:
+        """Those that serve the model now; none for a model that is only priced. Raises ModelNotFound."""
+        if principal.models is not None and model not in principal.models:
+            raise ModelNotFound(param="model")
+        engines = self._registry.snapshot.by_model.get(model)
+        if engines is None:
+            if model not in self._prices.models():
+                raise ModelNotFound(param="model")
+            return ()
+        if all(engine.models[model].kind != ask.kind for engine in engines):
+            raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
+        return engines
+
+    def _funding(self, ask: Ask, engines: tuple[Engine, ...], price: Price) -> Funding:
+        model = ask.body["model"]
+        context = max((engine.models[model].context_length for engine in engines), default=0)
+        try:
+            bound = bound_of(
+                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, context or None, self._settings
+            )
+        except UnpricedMedia as error:
+            raise BadRequest(str(error)) from None
+        return Funding(price, bound, ask.price_percent)
+
+    async def _quota(self, principal: Principal, tokens: int) -> Quota:
+        quota = self._limiter.try_admit(principal.subjects, tokens)
+        if quota is not None:
+            return quota
+        try:
+            return await self._limiter.admit(principal.subjects, tokens)
+        except LimitExceeded as error:
+            raise RateLimited(str(error), retry_after_s=error.retry_after_s, headers=error.headers) from None
+
+    async def _hold(
+        self, ask: Ask, principal: Principal, funding: Funding, engines: tuple[Engine, ...]
+    ) -> Hold:
+        """A hold that memory did not have: of a refilled lease, of a prompt counted exactly, or a smaller one."""
+        try:
+            try:
+                return await self._leased(ask, principal, funding)
+            except (InsufficientFunds, BudgetExceeded):
+                if not await self._is_shorter(ask, funding, engines):
+                    raise
+                return await self._leased(ask, principal, funding)
+        except InsufficientFunds:
+            raise InsufficientQuota from None
+        except BudgetExceeded as error:
+            raise errors.BudgetExceeded(str(error)) from None
+        except BillingUnavailable:
+            raise errors.BillingUnavailable(retry_after_s=BILLING_RETRY_AFTER_S) from None
+
+    async def _leased(self, ask: Ask, principal: Principal, funding: Funding) -> Hold:
+        """A hold of the amount; less is of use to a request that names no token limit, which is then given one."""
+        price, bound, percent = funding.price, funding.bound, funding.percent
+        may_clamp = not bound.is_limited and ask.limit_field is not None
+        least = least_nano(price, bound, self._settings.clamp_tokens_min, percent) if may_clamp else None
+        amount_nano = funding.amount_nano
+        hold = await self._leases.hold(principal.account_id, amount_nano, principal.budgets, least_nano=least)
+        if hold.amount_nano < amount_nano:
+            assert ask.limit_field is not None
+            tokens = clamped_tokens(price, bound.prompt_tokens, bound.choices, hold.amount_nano, percent)
+            ask.body[ask.limit_field] = tokens
+            funding.bound = replace(bound, output_tokens=tokens, is_limited=True)
+            funding.headers[CLAMPED] = str(tokens)
+        return hold
+
+    async def _is_shorter(self, ask: Ask, funding: Funding, engines: tuple[Engine, ...]) -> bool:
+        """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than was asked?"""
+        if not engines or funding.bound.has_media:
+            return False
+        tokens = await self._count_prompt(ask, engines[0])
+        if tokens is None or tokens >= funding.bound.prompt_tokens:
+            return False
+        funding.bound = replace(funding.bound, prompt_tokens=tokens)
+        return True
