@@ -21,6 +21,8 @@ create table spend_leases (
     granted_nano   bigint not null default 0 check (granted_nano >= 0),
     settled_nano   bigint not null default 0 check (settled_nano >= 0),  -- posted: its turns are in the book
     returned_nano  bigint not null default 0 check (returned_nano >= 0),
+    used_nano      bigint not null default 0 check (used_nano >= 0),     -- settled in the process's memory when it last
+                                                    -- took or returned: where one goes on that dropped the lease
     free_nano      bigint not null default 0 check (free_nano >= 0),     -- as the process last said
     held_nano      bigint not null default 0 check (held_nano >= 0),     -- likewise
     reported_at    timestamptz not null default clock_timestamp(),

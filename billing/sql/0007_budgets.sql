@@ -1,5 +1,8 @@
 -- Budgets: how much a key, or all keys of an account, may spend in a window of time; taken by leases, as wallets are.
 
+-- A zone that PostgreSQL does not know would fail every turn of its account: the cast raises.
+alter table accounts add constraint known_time_zone check (timezone(time_zone, timestamptz 'epoch') is not null);
+
 create table budgets (
     id           bigint generated always as identity primary key,
     account_id   bigint not null references accounts (id) on delete cascade,
@@ -15,12 +18,13 @@ create index budgets_key on budgets (key_id);
 
 create table budget_windows (
     budget_id     bigint not null references budgets (id) on delete cascade,
-    starts_at     timestamptz not null,             -- '-infinity' to 'infinity' for a total
+    starts_at     timestamptz not null,             -- of a total: 1970 to 'infinity'
     ends_at       timestamptz not null,             -- fixed when it begins: a new time zone counts from the next one on
     spent_nano    bigint not null default 0 check (spent_nano >= 0),
     forgiven_nano bigint not null default 0 check (forgiven_nano >= 0), -- spent before the last reset
     leased_nano   bigint not null default 0 check (leased_nano >= 0),
     warned_at     timestamptz,                      -- its soft threshold was passed and told
+    exhausted_at  timestamptz,                      -- its limit was reached and told
     primary key (budget_id, starts_at),
     check (starts_at < ends_at),
     check (forgiven_nano <= spent_nano)
@@ -33,6 +37,7 @@ create table budget_leases (
     granted_nano   bigint not null default 0 check (granted_nano >= 0),
     settled_nano   bigint not null default 0 check (settled_nano >= 0),
     returned_nano  bigint not null default 0 check (returned_nano >= 0),
+    used_nano      bigint not null default 0 check (used_nano >= 0), -- as in spend_leases
     primary key (incarnation_id, budget_id, starts_at),
     check (settled_nano + returned_nano <= granted_nano)
 ) with (fillfactor = 50);
