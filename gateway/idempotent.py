@@ -235,6 +235,10 @@ class KeyedTurns:
         """Keyed requests that have not ended, those included whose client left; turns among them are the lifecycle's too."""
         return len(self._tasks)
 
+    def request_hash(self, method: str, path: str, body: bytes) -> bytes:
+        """What tells a repeat from another request."""
+        return self._store.request_hash(method, path, body)
+
     async def run(
         self,
         ask: Ask,
