@@ -19,7 +19,7 @@ from billing.holds import (
 )
 from billing.leases import BillingUnavailable, BudgetExceeded, Hold, InsufficientFunds, SpendLeases
 from billing.limits import Admission as Quota
-from billing.limits import LimitExceeded, Limiter
+from billing.limits import Limiter, LimitExceeded
 from billing.prices import Price, PriceBook
 from config.clock import Clock
 from config.defaults import Settings
@@ -168,7 +168,7 @@ class Admission:
         return hold
 
     async def _is_shorter(self, ask: Ask, funding: Funding, engines: tuple[Engine, ...]) -> bool:
-        """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than was asked?"""
+        """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than that?"""
         if not engines or funding.bound.has_media:
             return False
         tokens = await self._count_prompt(ask, engines[0])

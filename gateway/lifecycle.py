@@ -1,8 +1,8 @@
 """The life of a turn: admit, dispatch, settle. Every surface's inference request passes through `run`.
 
-What a surface looks like is `gateway.api`; whether a turn may begin is `gateway.admission`; which engine it goes to and how it
-is relayed is `gateway.dispatch`. A turn is settled exactly once whatever way it ended, in memory and in the journal, before its
-last bytes go out.
+What a surface looks like is `gateway.api`; whether a turn may begin is `gateway.admission`; which engine it goes to and how
+it is relayed is `gateway.dispatch`. A turn is settled exactly once whatever way it ended, in memory and in the journal,
+before its last bytes go out.
 """
 
 import asyncio
@@ -110,7 +110,7 @@ class Lifecycle:
             task.cancel()
 
     def _covers(self, turn: Turn, tokens: Tokens) -> int:
-        """Output tokens that are paid for, once an engine went past the turn's limit: the hold grows while the lease has room."""
+        """Output tokens that are paid for, once an engine went past the limit: the hold grows while the lease has room."""
         cost = self._cost(turn, tokens) + self._cost(turn, Tokens(completion=OVERRUN_STEP))
         if cost > turn.hold.amount_nano and not turn.hold.extend(cost - turn.hold.amount_nano):
             return 0

@@ -104,7 +104,7 @@ class Money:
         self._metrics.journal_bytes.set(self.journal.pending_bytes)
 
     async def close(self) -> None:
-        """Ship what is left, return what was leased, and end the incarnation; what PostgreSQL can't be told stays on disk."""
+        """Ship what is left, return what was leased, end the incarnation; what PostgreSQL can't be told stays on disk."""
         await self.limiter.close()
         await self.claims.close(self._settings.database_timeout_s)
         await self.leases.close()
