@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +32,7 @@ class EngineConfig:
     enable_lora: bool
     record: bool
     record_bodies: bool
+    record_file: Path | None
     replay_dir: str | None
     parent_stdin: bool
     start_delay_s: float
@@ -66,6 +68,7 @@ def parse_flags(argv: Sequence[str], environ: dict[str, str]) -> EngineConfig:
         enable_lora=known.enable_lora,
         record=not known.no_record,
         record_bodies=known.record_bodies,
+        record_file=known.record_file,
         replay_dir=known.replay,
         parent_stdin=known.parent_stdin,
         start_delay_s=known.start_delay_s,
@@ -111,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-record", action="store_true", help="keep counters only (benchmarks)")
     parser.add_argument("--record-bodies", action="store_true")
+    parser.add_argument("--record-file", type=Path, help="write each request down here, as JSON lines, too")
     parser.add_argument("--replay", metavar="DIR", help="folder of NAME.resp files for the replay knob")
     parser.add_argument(
         "--parent-stdin", action="store_true", help="exit when standard input reaches its end"

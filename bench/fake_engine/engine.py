@@ -23,7 +23,7 @@ class Engine:
         self.loop = loop
         self.wheel = TimerWheel(loop)
         self.stamp = Stamp()
-        self.record = Record(config.record, config.record_bodies)
+        self.record = Record(config.record, config.record_bodies, config.record_file)
         self.fingerprint = config.fingerprint.encode()
         self.adapters: dict[str, str] = {}
         self.started_at = time.time()

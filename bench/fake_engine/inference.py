@@ -79,6 +79,7 @@ def embeddings(engine: "Engine", client: "Connection", request: "Request") -> No
     }
     if entry is not None:
         entry.model, entry.prompt_tokens, entry.finished, entry.how = model, count, True, "finished"
+        engine.record.note(entry)
     client.answer(200, orjson.dumps(fields))
 
 
@@ -102,9 +103,11 @@ def _generate(
     except Refusal as refused:
         if entry is not None:
             entry.how, entry.status = "refused", refused.status
+            engine.record.note(entry)
         raise
     if entry is not None:
         _note(entry, ask, fault)
+        engine.record.note(entry)
     if fault is not None:
         _prepare(client, ask, fault)
     writer: Surface = surface(ask)
@@ -210,6 +213,7 @@ def _refuse_in_stream(engine: "Engine", client: "Connection", entry: Entry | Non
     engine.rejected += 1
     if entry is not None:
         entry.how, entry.status = "refused", 200
+        engine.record.note(entry)
     client.write(engine.stamp.stream_head(client.last_headers) + chunk(error_event(503)) + chunk(DONE) + END)
     client.done()
 

@@ -170,6 +170,7 @@ class Turn:
             self.entry.finished = how == "finished"
             self.entry.completion_tokens = self._count(self.produced)
             self.entry.tokens_written = self._count(self.written)
+            self.engine.record.note(self.entry)
 
     def mark_broken(self) -> None:
         self._is_broken = True
