@@ -40,20 +40,19 @@ class Incarnation:
 
 
 async def register(
-    pool: asyncpg.Pool,
-    settings: Settings,
-    *,
-    folder: Path,
-    host: str,
-    pid: int,
+    pool: asyncpg.Pool, settings: Settings, *, folder: Path, host: str, pid: int,
     incarnation_id: UUID | None = None,
-) -> Incarnation:
-    """A new incarnation, live from now on; again is no change. Raises what PostgreSQL raises (config.postgres.AWAY)."""
+) -> Incarnation:  # fmt: skip
+    """A new incarnation, live from now on. Raises what PostgreSQL raises (config.postgres.AWAY).
+
+    With `incarnation_id` it can be tried again after an answer was lost: the first one's row stays.
+    """
     made = incarnation_id or uuid7()
     async with asyncio.timeout(settings.database_timeout_s):
         started_at = await pool.fetchval(
-            "insert into incarnations as i (id, host, pid, journal) values ($1, $2, $3, $4)"
-            " on conflict (id) do update set seen_at = i.seen_at returning extract(epoch from started_at)::float8",
+            "insert into incarnations (id, host, pid, journal) values ($1, $2, $3, $4)"
+            " on conflict (id) do update set pid = excluded.pid"
+            " returning extract(epoch from started_at)::float8",
             made, host, pid, str(folder),
         )  # fmt: skip
     return Incarnation(made, folder, started_at)

@@ -20,6 +20,10 @@ WindowKey = tuple[int, float]
 """A budget's id, and the start of its window in unix seconds."""
 
 
+class NotRegistered(Exception):
+    """PostgreSQL does not know this incarnation: it was away when the process began."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A wallet or a budget's window, locked: what is available (below zero where a limit was lowered), what all leased."""
@@ -84,9 +88,14 @@ async def read_book(
     connection: Any, incarnation_id: UUID, live_s: float, accounts: Collection[int],
     budgets: Collection[int], older: Collection[WindowKey], *, opens_windows: bool,
 ) -> Book | None:  # fmt: skip
-    """Lock and read, in the global order; None: this incarnation was ended. `opens_windows`: make those that lack."""
+    """Lock and read, in the global order; None: this incarnation was ended. Raises NotRegistered.
+
+    `opens_windows`: make those that lack.
+    """
     row = await connection.fetchrow(_INCARNATION, incarnation_id, live_s)
-    if row is None or not row["is_live"]:
+    if row is None:
+        raise NotRegistered("this process is not registered yet")
+    if not row["is_live"]:
         return None
     at = row["at"]
     wallets = await connection.fetch(_WALLETS, sorted(accounts))

@@ -24,7 +24,7 @@ from billing.lease_account import (
     serve_smaller,
 )
 from billing.lease_plan import Plan, decide, wanted_budgets
-from billing.lease_store import Book, read_book, recall, transaction, write
+from billing.lease_store import Book, NotRegistered, read_book, recall, transaction, write
 from config.clock import Clock
 from config.defaults import Settings
 from config.metrics import Metrics
@@ -121,7 +121,7 @@ class Teller:
     async def _bring(self, batch: list[AccountLease]) -> None:
         try:
             plan = await self._exchange(batch)
-        except AWAY as error:
+        except (*AWAY, NotRegistered) as error:
             self._fail(batch, error)
         except Exception as error:
             # A fault of ours. Turns are refused, and nothing is granted that PostgreSQL did not confirm.

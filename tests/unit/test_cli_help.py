@@ -29,6 +29,9 @@ def test_the_promised_commands_exist() -> None:
         "poolgate recover", "poolgate doctor", "poolgate version",
         "poolgate account create", "poolgate account list", "poolgate account show", "poolgate account credit",
         "poolgate key create", "poolgate key list", "poolgate key revoke",
+        "poolgate limit set", "poolgate limit show",
+        "poolgate tier set", "poolgate tier list", "poolgate tier assign", "poolgate tier remove",
+        "poolgate budget set", "poolgate budget list", "poolgate budget reset", "poolgate budget remove",
     }  # fmt: skip
 
 
