@@ -266,7 +266,14 @@ class KeyedTurns:
             raise
 
     async def close(self, timeout_s: float) -> None:
-        """Wait for what runs, for at most `timeout_s`: turns were ended by then, what they came to is being written."""
+        """Wait for what runs, for at most `timeout_s`: turns were ended by then, what they came to is being written.
+
+        What began since is cancelled and waited for as long again: it settles what was delivered, and keeps no answer.
+        """
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
+            task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
@@ -299,8 +306,10 @@ class KeyedTurns:
         except ApiError:
             await store.release(account_id, key, turn_id)
             raise
-        except BaseException:
-            if not collected.has_client:  # else the request's handler says it
+        except BaseException as error:
+            if (
+                isinstance(error, Exception) and not collected.has_client
+            ):  # else the request's handler says it
                 log.exception(
                     "a turn failed inside poolgate",
                     extra={"action": "turn_crashed", "request_id": request_id},

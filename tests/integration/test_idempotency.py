@@ -460,7 +460,7 @@ async def test_what_was_charged_is_never_run_again(calling: Any, ended: Ended, c
     assert len(turns.keys) == (2 if code == "runs again" else 1)
 
 
-async def test_a_turn_that_broke_is_not_run_again(calling: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_turn_that_broke_is_not_run_again(calling: Any) -> None:
     def act(down: Any) -> None:
         raise RuntimeError("a fault of ours")
 
@@ -468,6 +468,24 @@ async def test_a_turn_that_broke_is_not_run_again(calling: Any, caplog: pytest.L
     with pytest.raises(RuntimeError):
         await caller.ask(Client())
     assert (await caller.refused()).wire_code == "idempotency_answer_lost"
+
+
+async def test_what_does_not_end_by_the_close_is_cancelled_and_its_key_is_used_up(
+    calling: Any, pool: asyncpg.Pool
+) -> None:
+    async def act(down: Any) -> None:
+        down.start(HEAD)
+        await asyncio.Event().wait()
+
+    _, caller = calling(act)
+    client = Client()
+    asking = asyncio.create_task(caller.ask(client))
+    await eventually(lambda: client.is_started)
+    await caller.keyed.close(timeout_s=0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert caller.keyed.in_flight == 0
+    assert await pool.fetchval("select is_answered and answer is null from idempotency_claims")
 
 
 async def test_an_answer_past_the_bound_goes_out_whole_and_is_not_kept(calling: Any) -> None:
