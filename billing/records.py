@@ -56,7 +56,7 @@ def decode(payload: bytes) -> UsageRecord:
         fields[_STARTED_AT] = _float(fields[_STARTED_AT], math.nan)
         fields[_BUDGETS] = tuple((budget, _float(start, -math.inf)) for budget, start in fields[_BUDGETS])
         return UsageRecord(*fields[1:])
-    except (TypeError, AttributeError, IndexError) as error:
+    except (TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"not a record: {error}") from error
 
 
@@ -68,7 +68,7 @@ def readable(payload: bytes) -> tuple[str, str]:
             names = UsageRecord.__dataclass_fields__
             return ascii(fields[1])[1:-1], json.dumps(dict(zip(names, fields[1:], strict=False)))
         return ascii(fields[1]), json.dumps(fields)
-    except (ValueError, IndexError, KeyError, TypeError):
+    except (ValueError, TypeError, LookupError):
         return payload.hex()[:64], json.dumps(payload.hex())
 
 

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import asyncpg
 
+from billing.budgets import post_budgets
 from billing.journal_files import START, Batch, Position
 from billing.ledger import Connection, Posting, post_turns, share_nano
 from billing.retention import OLDEST_SHIPPED
@@ -50,12 +51,12 @@ INSERT = f"""
 with sent as materialized (
     select {_FIELDS},
         r -> {_BUDGETS} as budgets,
-        r ->> {_KEY} as idempotency_key
+        r ->> {_KEY} as idempotency_key,
+        (substr($2, 1, 19) || substr(gen_random_uuid()::text, 20))::uuid as own_id
     from jsonb_array_elements($1::text::jsonb) as r
 ), named as (
     select *, case when amount_nano > 0 then
-        first_value((substr($2, 1, 19) || substr(gen_random_uuid()::text, 20))::uuid)
-            over (partition by account_id, provider_id)
+        first_value(own_id) over (partition by account_id, provider_id)
     end as posting_id
     from sent
 ), fresh as (
@@ -193,8 +194,6 @@ async def ship(
     if postings:
         await post_turns(connection, incarnation_id, postings, from_loss=not place.is_live, shard=shard)
     if kinds["budget"] and place.is_live:  # a budget's leases are given up with those of the wallet
-        from billing.budgets import post_budgets
-
         charges = [(row["id"], row["at"], row["amount_nano"]) for row in kinds["budget"]]
         await post_budgets(connection, incarnation_id, charges)
     for row in kinds["rollups"]:
