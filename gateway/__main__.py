@@ -10,7 +10,21 @@ import traceback
 from collections.abc import Sequence
 
 from config.settings import BadSetting
-from gateway.cli import account, agent, budget, doctor, key, limit, migrate, recover, serve, tier, up, usage, version
+from gateway.cli import (
+    account,
+    agent,
+    budget,
+    doctor,
+    key,
+    limit,
+    migrate,
+    recover,
+    serve,
+    tier,
+    up,
+    usage,
+    version,
+)
 from gateway.cli.output import Refused
 from gateway.cli.parsing import Parser, add_group
 
@@ -61,7 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="poolgate", description=DESCRIPTION, epilog=EPILOG)
     commands = add_group(parser)
-    for module in (up, serve, agent, migrate, account, key, limit, tier, budget, usage, recover, doctor, version):
+    for module in (
+        up,
+        serve,
+        agent,
+        migrate,
+        account,
+        key,
+        limit,
+        tier,
+        budget,
+        usage,
+        recover,
+        doctor,
+        version,
+    ):
         module.add(commands)
     return parser
 

@@ -109,6 +109,17 @@ def add_records(
         call.args += ("c", f"{subject}:slots", plan.concurrency, slots, extra[2], 0, 0)
 
 
+async def read_use(
+    valkey: Redis, subject: str, plan: Plan, *, late_us: int, timeout_s: float
+) -> dict[str, int]:
+    """What is used of each limit now, blocks in hand included. Raises one of VALKEY_AWAY."""
+    call = Call(SHOW, [], ["", 0])
+    add_records(call, subject, plan, late_us=late_us, tokens=0, slots=0, extra=(0, 0, 0))
+    (used,) = await run_calls(valkey, [call], timeout_s)
+    names = [window.name for window in plan.windows] + ["concurrency"]
+    return dict(zip(names, used, strict=False))
+
+
 async def run_calls(valkey: Redis, calls: Sequence[Call], timeout_s: float) -> list[Any]:
     """Answers in the order of `calls`, which are one round trip. Raises one of VALKEY_AWAY; then some may have run.
 
