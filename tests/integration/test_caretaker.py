@@ -161,7 +161,7 @@ async def test_a_chore_that_fails_is_tried_again_and_ends_nothing(quick, pool, m
             raise asyncpg.LockNotAvailableError("a long report holds it")
 
     monkeypatch.setattr(caretaker, "keep_partitions", failing)
-    monkeypatch.setattr(caretaker, "CHORES_RETRY_S", 0.05)
+    monkeypatch.setattr(caretaker, "RETRY_S", 0.05)
     await a_node(pool)
     async with caretaking(quick):
         await eventually(lambda: len(tries) >= 3)
