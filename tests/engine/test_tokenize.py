@@ -1,5 +1,6 @@
 """A prompt counted by the real engine is the prompt that it then charges, to the token."""
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -42,32 +43,34 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
-async def counted(system: System, asked: Any) -> int | None:
+def counted(system: System, asked: Any) -> int | None:
     where: Any = At(system.engine.url.removeprefix("http://"))
-    async with aiohttp.ClientSession() as http:
-        return await count_prompt(http, Settings(tokenize_timeout_s=30.0), asked, where)
+
+    async def count() -> int | None:
+        async with aiohttp.ClientSession() as http:
+            return await count_prompt(http, Settings(tokenize_timeout_s=30.0), asked, where)
+
+    return asyncio.run(count())
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=["plain", "unicode", "tools"])
-async def test_a_chat_is_counted_as_it_is_charged(
-    client: OpenAI, system: System, chat: dict[str, Any]
-) -> None:
+def test_a_chat_is_counted_as_it_is_charged(client: OpenAI, system: System, chat: dict[str, Any]) -> None:
     answer = client.chat.completions.create(model=MODEL, max_tokens=1, **chat)
     assert answer.usage is not None
-    assert await counted(system, ask(**orjson.loads(orjson.dumps(chat)))) == answer.usage.prompt_tokens
+    assert counted(system, ask(**orjson.loads(orjson.dumps(chat)))) == answer.usage.prompt_tokens
 
 
-async def test_every_prompt_of_a_completion_is_counted(client: OpenAI, system: System) -> None:
+def test_every_prompt_of_a_completion_is_counted(client: OpenAI, system: System) -> None:
     prompts = ["One, two,", "Hello"]
     answer = client.completions.create(model=MODEL, prompt=prompts, max_tokens=1)
     assert answer.usage is not None
-    assert await counted(system, ask("/v1/completions", prompt=prompts)) == answer.usage.prompt_tokens
+    assert counted(system, ask("/v1/completions", prompt=prompts)) == answer.usage.prompt_tokens
 
 
-async def test_a_plain_response_is_counted_as_it_is_charged(client: OpenAI, system: System) -> None:
+def test_a_plain_response_is_counted_as_it_is_charged(client: OpenAI, system: System) -> None:
     answer = client.responses.create(
         model=MODEL, input="Name the days.", instructions="Be brief.", max_output_tokens=8
     )
     assert answer.usage is not None
     asked = ask("/v1/responses", input="Name the days.", instructions="Be brief.")
-    assert await counted(system, asked) == answer.usage.input_tokens
+    assert counted(system, asked) == answer.usage.input_tokens
