@@ -188,6 +188,6 @@ async def test_postgres_gone_is_503_billing_unavailable_and_never_402(gw, engine
             raise ConnectionRefusedError
 
     monkeypatch.setattr(gw.gateway.money.leases._teller, "_pool", Gone())
-    status, headers, body = await say(gw, max_tokens=4)
+    status, headers, body = await say(gw, max_tokens=20_000)  # most of the wallet: no lease of a part would do
     assert (status, body["error"]["code"]) == (503, "billing_unavailable")
     assert int(headers["retry-after"]) >= 1
