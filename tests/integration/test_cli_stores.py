@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from billing.usage import UsageRecord, UsageWriter
 from config.defaults import Settings
 from config.embedded import EmbeddedStores
 from config.postgres import open_pool
@@ -19,6 +17,7 @@ from gateway.__main__ import main
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import hash_secret, load_pepper
 from tests.conftest import database_named
+from tests.journals import ship_everything, turn
 
 Cli = Callable[..., str]
 
@@ -167,7 +166,7 @@ def test_usage_is_summed_by_model_day_key_and_account(cli: Cli, settings: Settin
     assert summed["total"]["turns"] == 3
     assert summed["total"]["amount"] == "0.75"
     assert [(group["model"], group["turns"]) for group in summed["groups"]] == [("large", 2), ("small", 1)]
-    for by in ("day", "key", "account"):
+    for by in ("day", "hour", "key", "account"):
         assert as_json(cli("usage", "--by", by, "--json"))["groups"][0]["turns"] == 3
     assert as_json(cli("usage", "--account", "acme", "--json"))["total"]["turns"] == 3
     table = cli("usage")
@@ -264,20 +263,11 @@ def find(settings: Settings, secret: str) -> Any:
 
 
 def use(settings: Settings, account_id: int, key_id: int, model: str, *, amount_nano: int) -> None:
-    record = UsageRecord(
-        turn_id=uuid4(), account_id=account_id, key_id=key_id, started_at=time.time(), surface="openai",
-        model=model, node_id=None, engine_id=None, stream=False, outcome="finished", status=200,
-        prompt_tokens=10, cached_tokens=0, completion_tokens=5, estimated=False, ttft_ms=1, duration_ms=2,
-        amount_nano=amount_nano, price_ref="test",
-    )  # fmt: skip
+    record = turn(account_id=account_id, key_id=key_id, started_at=time.time(), model=model, amount_nano=amount_nano)
 
     async def write() -> None:
         async with await open_pool(settings.database_url, max_size=2, timeout_s=10) as pool:
-            writer = UsageWriter(pool, settings)
-            running = asyncio.create_task(writer.run())
-            writer.add(record)
-            await writer.close()
-            running.cancel()
+            await ship_everything(pool, settings, Path(settings.data_dir), record, lease_nano=amount_nano)
 
     asyncio.run(write())
 

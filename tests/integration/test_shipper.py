@@ -1,6 +1,7 @@
 """The shipper on a real PostgreSQL: every turn is in the book exactly once, whatever happens on the way."""
 
 import asyncio
+import math
 import os
 import random
 import string
@@ -377,6 +378,40 @@ async def test_rollups_add_up_over_batches_hours_days_keys_and_models(
     await Shipper(pool, replace(settings, usage_batch_max=90), journal).ship_all()
     assert await turns(pool) == 400
     assert await pool.fetchval("select sum(turns) from usage_days") == 400
+    await assert_sound(pool)
+
+
+async def test_turns_count_in_their_budgets_once_and_not_when_the_platform_pays(
+    pool: asyncpg.Pool, settings: Settings, tmp_path: Path
+) -> None:
+    hour = NOW - NOW % 3600
+    in_both = turn(budgets=((1, hour), (2, -math.inf)), amount_nano=40)
+    journal = await journal_of(
+        pool, settings, tmp_path, in_both, turn(budgets=((1, hour),), amount_nano=2), in_both
+    )
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "insert into budgets (account_id, period, limit_nano) values (1, 'hour', 1000), (1, 'total', 1000)"
+        )
+        await connection.execute(
+            "insert into budget_windows (budget_id, starts_at, ends_at, leased_nano)"
+            " values (1, to_timestamp($1), 'infinity', 500), (2, '-infinity', 'infinity', 500)",
+            hour,
+        )
+        await connection.execute(
+            "insert into budget_leases (incarnation_id, budget_id, starts_at, granted_nano)"
+            " select $1, budget_id, starts_at, 500 from budget_windows",
+            journal.incarnation_id,
+        )
+    shipper = LosesAnswers(pool, settings, journal)
+    assert await shipper.close()
+    windows = "select spent_nano, leased_nano from budget_windows order by budget_id"
+    assert [tuple(row) for row in await pool.fetch(windows)] == [(42, 458), (40, 460)]
+    async with pool.acquire() as connection, connection.transaction():
+        await close_incarnation(connection, journal.incarnation_id, "abandoned")
+    journal.append(turn(budgets=((1, hour),)))
+    await shipper.ship_all()
+    assert [tuple(row) for row in await pool.fetch(windows)] == [(42, 0), (40, 0)]
     await assert_sound(pool)
 
 
