@@ -258,7 +258,7 @@ class KeyedTurns:
             self._claimed(ask, principal, request_id, down, collected, key, request_hash), name="keyed turn"
         )
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -276,6 +276,12 @@ class KeyedTurns:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """Where the client left, nobody waits for the task: a refusal is nobody's news, and a crash was logged."""
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def _claimed(
         self, ask: Ask, principal: Principal, request_id: str, down: Downstream, collected: Collected,
