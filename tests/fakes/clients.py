@@ -18,6 +18,7 @@ from bench.load import Answer
 from tests.fakes.gateway_process import GatewayProcess
 from tests.waiting import eventually
 
+TAIL_BYTES = 200
 GIVE_UP_S = 30.0
 """Past every bound of the gateways in these tests: who waits so long was left hanging."""
 
@@ -49,14 +50,18 @@ class Ask:
 
 @dataclass(slots=True)
 class Sighting:
-    """What one client saw of one request. Times are unix seconds."""
+    """What one client saw of one request. Times are unix seconds; `tokens` are those in the events of a stream that arrived
+    whole, with one token an event as our engines send. Of the body the end is kept."""
 
     ask: Ask
     began_at: float
     ended_at: float = 0.0
-    answer: Answer = field(default_factory=Answer)
+    status: int = 0
+    ending: Ending = "reset"
+    tokens: int = 0
+    has_begun: bool = False  # an event of the engine arrived
     headers: dict[str, str] = field(default_factory=dict)
-    has_left: bool = False
+    tail: bytes = b""
 
     @property
     def request_id(self) -> str | None:
@@ -68,34 +73,25 @@ class Sighting:
         return self.headers.get("idempotent-replayed") == "true"
 
     @property
-    def status(self) -> int:
-        return self.answer.status
-
-    @property
     def wants_stream(self) -> bool:
         return bool(self.ask.body.get("stream"))
 
-    @property
-    def ending(self) -> Ending:
-        return "left" if self.has_left and not self.answer.is_ended else self.answer.verdict
-
-    @property
-    def tokens(self) -> int:
-        """Those in the events of a stream that arrived whole, with one token an event as our engines send."""
-        body = self.answer.body[: self.answer.body.rfind(b"\n\n") + 2]
-        return body.count(b'"choices":[{') - body.count(b'"delta":{"role":"assistant"')
-
-    @property
-    def has_begun(self) -> bool:
-        """An event of the engine arrived."""
-        return self.wants_stream and self.answer.events > 0
+    def close(self, answer: Answer, *, has_left: bool) -> None:
+        """The request is over."""
+        self.ended_at = time.time()
+        self.status = answer.status
+        self.ending = "left" if has_left and not answer.is_ended else answer.verdict
+        body = answer.body[: answer.body.rfind(b"\n\n") + 2]
+        self.tokens = body.count(b'"choices":[{') - body.count(b'"delta":{"role":"assistant"')
+        self.has_begun = self.wants_stream and answer.events > 0
+        self.tail = answer.body[-TAIL_BYTES:]
 
     def told(self) -> str:
         return (
             f"#{self.ask.number} of account {self.ask.account_id}: {self.ending} {self.status}"
             f" {self.headers.get('x-request-id')} tokens={self.tokens} replay={self.is_replay}"
             f" {self.ended_at - self.began_at:.2f} s, asked {json.dumps(self.ask.body)[:300]}"
-            f" key={self.ask.idempotency_key}, got {self.answer.body[-200:]!r}"
+            f" key={self.ask.idempotency_key}, got {self.tail!r}"
         )
 
 
@@ -109,6 +105,8 @@ class Client(asyncio.Protocol):
         self._transport: Any = None
         self._done: asyncio.Future[None] | None = None
         self._sighting: Sighting | None = None
+        self._answer = Answer()
+        self._has_left = False
         self._parts: list[bytes] = []
         self._events = 0
 
@@ -123,6 +121,7 @@ class Client(asyncio.Protocol):
     async def ask(self, ask: Ask, give_up_s: float = GIVE_UP_S) -> Sighting:
         """Whatever happens comes back."""
         sighting = self._sighting = Sighting(ask, time.time())
+        self._answer, self._has_left = Answer(), False
         self._parts, self._events = [], 0
         self._done = self._loop.create_future()
         timers = [self._loop.call_later(give_up_s, self._give_up)]
@@ -136,8 +135,8 @@ class Client(asyncio.Protocol):
         for timer in timers:
             timer.cancel()
         self._sighting = None
-        sighting.answer.body = b"".join(self._parts)
-        sighting.ended_at = time.time()
+        self._answer.body = b"".join(self._parts)
+        sighting.close(self._answer, has_left=self._has_left)
         return sighting
 
     def close(self) -> None:
@@ -166,7 +165,7 @@ class Client(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self._sighting is not None:
-            self._sighting.answer.status = self._parser.get_status_code()
+            self._answer.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
         if self._sighting is None:
@@ -180,20 +179,20 @@ class Client(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self._sighting is not None:
-            self._sighting.answer.is_ended = True
+            self._answer.is_ended = True
         if not self._parser.should_keep_alive():
             self._transport.close()
         self._end()
 
     def _leave(self) -> None:
-        if self._sighting is not None and not self._sighting.answer.is_ended:
-            self._sighting.has_left = True
+        if self._sighting is not None and not self._answer.is_ended:
+            self._has_left = True
             self._transport.abort()
             self._end()
 
     def _give_up(self) -> None:
         if self._sighting is not None:
-            self._sighting.answer.gave_up = True
+            self._answer.gave_up = True
         self.close()
         self._end()
 

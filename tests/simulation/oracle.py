@@ -181,8 +181,9 @@ class Oracle:
             check(amount == delivered or (was_killed and amount == 0),
                   f"received {seen.tokens} tokens and an error, charged {amount}, not {delivered}: {told}")  # fmt: skip
         elif ending == "left":
-            delivered = self._delivered(seen, works) if seen.has_begun else 0
-            check(amount >= delivered or was_killed, f"received for {delivered}, charged {amount}: {told}")
+            # The whole may have been sent when it left: then what was cached has its own price.
+            least = min(self._delivered(seen, works), self._delivered(seen, works, is_cached=True))
+            check(amount >= least or was_killed, f"received for {least}, charged {amount}: {told}")
         elif amount > self._delivered(seen, works):
             # Killed between a journal's append and the last write of the same tick: all of it was being sent.
             check(exact is not None and amount == exact and charge is not None and charge.outcome == "finished",
@@ -199,12 +200,13 @@ class Oracle:
         if amount and seen.ending != "left" and seen.ask.idempotency_key is None:
             self.findings.numbers["killed_while_sending"] += 1
 
-    def _delivered(self, seen: Sighting, works: Sequence[Work]) -> int:
-        """What the tokens that arrived cost, with the prompt (all of it at full price: nobody told yet what was cached)."""
+    def _delivered(self, seen: Sighting, works: Sequence[Work], *, is_cached: bool = False) -> int:
+        """What the tokens that arrived cost with the prompt; what of it was cached is told at an answer's end only."""
         if not seen.has_begun or not works:
             return 0
         work = works[-1]
-        return self.prices[work.model].cost(work.prompt_tokens, 0, seen.tokens)
+        cached = work.cached_tokens if is_cached else 0
+        return self.prices[work.model].cost(work.prompt_tokens, cached, seen.tokens)
 
     def _was_killed(self, seen: Sighting) -> bool:
         return any(seen.began_at - 1 <= at <= seen.ended_at + LINGERS_S for at in self.kills)
@@ -260,8 +262,10 @@ class Oracle:
                 f"wallet {account_id} is not at rest: {dict(row)}",
             )
             shown = await AccountStore(pool).show(account_id)
-            check(shown.balance_nano + shown.held_nano + shown.spent_nano == given,
-                  f"account {account_id} has {shown.balance_nano} + {shown.held_nano} + {shown.spent_nano}, not {given}")  # fmt: skip
+            parts = (shown.balance_nano, shown.held_nano, shown.spent_nano)
+            check(
+                sum(parts) == given, f"account {account_id}: balance, held and spent are {parts}, not {given}"
+            )
             check(
                 shown.spent_nano == spent[account_id],
                 f"account {account_id} is told {shown.spent_nano} spent",
@@ -277,7 +281,8 @@ class Oracle:
         moved = {
             str(row["posting_id"]): int(row["amount"])
             for row in await pool.fetch(
-                "select posting_id, sum(amount_nano)::bigint as amount from transfers where posting_id is not null group by 1"
+                "select posting_id, sum(amount_nano)::bigint as amount from transfers"
+                " where posting_id is not null group by 1"
             )
         }
         named = Counter[str | None]()
