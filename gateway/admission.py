@@ -116,10 +116,11 @@ class Admission:
 
     def _funding(self, ask: Ask, engines: tuple[Engine, ...], price: Price) -> Funding:
         model = ask.body["model"]
-        context = max((engine.models[model].context_length for engine in engines), default=0)
+        lengths = [engine.models[model].context_length for engine in engines]
+        context = max(lengths) if lengths and all(lengths) else None  # 0: an engine did not tell
         try:
             bound = bound_of(
-                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, context or None, self._settings
+                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, context, self._settings
             )
         except UnpricedMedia as error:
             raise BadRequest(str(error)) from None

@@ -280,6 +280,11 @@ class Gateway:
         """Wait for all turns to end."""
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + limit_s
-        while self.lifecycle.in_flight and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
+        while self._is_busy and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(STOP_POLL_S)
-        return not self.lifecycle.in_flight
+        return not self._is_busy
+
+    @property
+    def _is_busy(self) -> bool:
+        """A keyed request may be at its claim, or at its turn's ending, which the lifecycle does not see."""
+        return bool(self.lifecycle.in_flight or self.keyed_turns.in_flight)

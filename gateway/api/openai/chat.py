@@ -15,7 +15,7 @@ from gateway.turn import Ask
 
 routes = Routes(surface="openai", tag="Inference")
 
-TURN_ERRORS = (400, 402, 404, 413, 429, 502, 503, 504)
+TURN_ERRORS = (400, 402, 404, 409, 413, 429, 502, 503, 504)
 
 
 @routes.post(
