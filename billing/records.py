@@ -20,6 +20,9 @@ VERSION = 1
 UNENCODABLE = 0
 """Version of a record that JSON or its length refuse: [0, turn id, what it was as text]. It goes to quarantine."""
 
+OF_VERSION = b"[%d," % VERSION
+"""How each record begins that this version of poolgate can read."""
+
 RECORD_BYTES_MAX = 32 * 2**10
 """Longest record: a usual one has 350 bytes, the longest text that may not be cut (an Idempotency-Key) fits a header."""
 

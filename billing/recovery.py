@@ -155,7 +155,7 @@ class Recovery:
         self._pool = pool
         self._settings = settings
         self._metrics = metrics
-        self._unknown: set[Path] = set()
+        self._told: set[Path] = set()
 
     async def run(self) -> None:
         """Look every ADOPT_S until cancelled; a journal that can't be shipped now is taken up the next time."""
@@ -174,14 +174,19 @@ class Recovery:
         except ProcessLives:
             pass
         except UnknownIncarnation:
-            if folder not in self._unknown:
-                self._unknown.add(folder)
-                log.warning(
-                    "the journal %s is not of this database: it is left as it is", folder,
-                    extra={"action": "journal_unknown"},
-                )  # fmt: skip
+            self._tell(folder, "journal_unknown", "is not of this database: it is left as it is")
         except AWAY as error:
-            log.debug("a journal can't be adopted now: %s", error, extra={"action": "journal_waits"})
+            self._tell(
+                folder,
+                "journal_waits",
+                f"can't be shipped now, and is tried again: {error or type(error).__name__}",
+            )
+
+    def _tell(self, folder: Path, action: str, what: str) -> None:
+        """Once of each: it is looked at every second."""
+        if folder not in self._told:
+            self._told.add(folder)
+            log.warning("the journal %s %s", folder, what, extra={"action": action})
 
 
 def _lock_of(folder: Path) -> DeadJournal | None:

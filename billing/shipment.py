@@ -15,6 +15,7 @@ import asyncpg
 from billing.budgets import post_budgets
 from billing.journal_files import START, Batch, Position
 from billing.ledger import Connection, Posting, post_turns, share_nano
+from billing.records import OF_VERSION
 from billing.retention import OLDEST_SHIPPED
 from billing.usage import COLUMNS
 from config.defaults import Settings
@@ -174,6 +175,8 @@ async def ship(
     place = await read_place(connection, incarnation_id)
     if place.position != batch.start:
         return Shipped(place, is_done=False)
+    if not all(payload.startswith(OF_VERSION) for payload in batch.payloads):
+        raise ValueError("a record that this version of poolgate can't read")
     text = (b"[" + b",".join(batch.payloads) + b"]").decode()
     rows = await connection.fetch(INSERT, text, str(uuid7()), settings.usage_retention_days)
     kinds: dict[str, list[asyncpg.Record]] = {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import asyncpg
 import pytest
 
+from billing import audit
 from billing.incarnations import close_incarnation
 from billing.journal import Journal
 from billing.journal_files import START, Batch, read_batch, segment_file
@@ -56,38 +57,10 @@ async def test_a_turn_is_in_the_book_as_it_was_and_charged(
     journal.remove()
 
 
-async def rollups_are_the_sums_of_usage(pool: asyncpg.Pool) -> bool:
-    sums = "count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(amount_nano)"
-    for table, period in (
-        ("usage_hours", "date_trunc('hour', started_at, 'UTC')"),
-        ("usage_days", "(started_at at time zone 'UTC')::date"),
-    ):
-        column = table.removeprefix("usage_").removesuffix("s")
-        wanted = f"select account_id, {period}, key_id, model, {sums} from usage group by 1, 2, 3, 4"
-        there = (
-            f"select account_id, {column}, key_id, model, turns, prompt_tokens, cached_tokens, completion_tokens,"
-            f" amount_nano from {table}"
-        )
-        if await pool.fetchval(
-            f"select count(*) from (({wanted} except {there}) union all ({there} except {wanted})) as d"
-        ):
-            return False
-    return True
-
-
-async def assert_sound(pool: asyncpg.Pool) -> None:
-    """The book adds up, whatever happened: entries, postings, leases and rollups."""
-    assert await rollups_are_the_sums_of_usage(pool)
-    assert await pool.fetchval("select sum(credit_nano) - sum(debit_nano) from ledger_accounts") == 0
-    assert not await pool.fetch(
-        "select from (select posting_id, sum(amount_nano) as amount from usage where posting_id is not null group by 1) u"
-        " full join (select posting_id, sum(amount_nano) as amount from transfers where posting_id is not null group by 1) t"
-        " using (posting_id) where u.amount is distinct from t.amount"
-    )
-    assert not await pool.fetch(
-        "select from ledger_accounts w where kind = 'wallet' and leased_nano <> (select coalesce(sum("
-        " granted_nano - settled_nano - returned_nano), 0) from spend_leases where account_id = w.owner_id)"
-    )
+async def assert_sound(pool: asyncpg.Pool, settings: Settings) -> None:
+    """The audit finds nothing broken, whatever happened."""
+    findings = await audit.run(pool, settings)
+    assert [finding for finding in findings if finding.state == "broken"] == []
 
 
 class LosesAnswers(Shipper):
@@ -128,7 +101,7 @@ async def test_batches_whose_answers_were_lost_are_charged_once(
     assert shipper.lost == 9
     assert (await turns(pool), await balances(pool)) == (60, [998_000] * 3)
     assert journal.pending_bytes == 0
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_a_turn_that_comes_twice_is_charged_once_in_a_batch_and_over_batches_and_journals(
@@ -140,7 +113,7 @@ async def test_a_turn_that_comes_twice_is_charged_once_in_a_batch_and_over_batch
     small = replace(settings, usage_batch_max=3)
     await asyncio.gather(*(Shipper(pool, small, journal).ship_all() for journal in journals))
     assert (await turns(pool), await balances(pool)) == (2, [999_900, 999_900, 1_000_000])
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_shippers_side_by_side_charge_each_turn_once_and_none_gives_up(
@@ -154,7 +127,7 @@ async def test_shippers_side_by_side_charge_each_turn_once_and_none_gives_up(
     assert await asyncio.gather(*(shipper.close(60) for shipper in shippers)) == [True] * 4
     assert (await turns(pool), await balances(pool)) == (900, [1_000_000 - 2100] * 3)
     assert await of_platform(pool, "earnings") + await of_platform(pool, "fee") == 6300
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_a_connection_killed_in_the_middle_of_a_batch_changes_nothing(
@@ -181,7 +154,7 @@ async def test_a_connection_killed_in_the_middle_of_a_batch_changes_nothing(
         await transaction.rollback()
         await eventually(lambda: not journal.pending)
     assert (await turns(pool), await balances(pool)) == (2, [999_900, 999_900, 1_000_000])
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 @pytest.fixture
@@ -208,7 +181,7 @@ async def test_turns_wait_in_the_journal_for_postgresql_to_come_back(
             durable_stores.restart("postgres")
             await eventually(lambda: not journal.pending)
         assert (await turns(own_pool), await balances(own_pool)) == (501, [1_000_000 - 50_100])
-        await assert_sound(own_pool)
+        await assert_sound(own_pool, settings)
     told = [action for action in actions(caplog) if action.startswith("usage_")]
     assert told == ["usage_unwritable", "usage_writable"]
 
@@ -255,7 +228,7 @@ async def test_a_record_at_fault_goes_to_quarantine_and_blocks_no_other(
         assert kept["reason"]
         assert actions(caplog) == ["usage_quarantined"]
         assert b"poolgate_usage_quarantined_total 1.0" in metrics.render()
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_a_model_name_that_no_index_takes_goes_to_quarantine(
@@ -264,7 +237,7 @@ async def test_a_model_name_that_no_index_takes_goes_to_quarantine(
     journal = await journal_of(pool, settings, tmp_path, turn(), turn(model=random_text(8000)), turn())
     assert await Shipper(pool, settings, journal).close()
     assert (await turns(pool), await pool.fetchval("select count(*) from usage_quarantine")) == (2, 1)
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_a_piece_of_the_journal_that_is_no_record_is_kept_and_passed_over(
@@ -308,7 +281,7 @@ async def test_turns_of_an_incarnation_that_was_given_up_are_paid_by_the_platfor
     assert await turns(pool) == 3
     assert actions(caplog) == ["incarnation_abandoned"]
     assert await pool.fetchval("select sum(leased_nano) from ledger_accounts") == 0
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_the_books_position_counts_after_its_return_from_a_backup(
@@ -378,7 +351,7 @@ async def test_rollups_add_up_over_batches_hours_days_keys_and_models(
     await Shipper(pool, replace(settings, usage_batch_max=90), journal).ship_all()
     assert await turns(pool) == 400
     assert await pool.fetchval("select sum(turns) from usage_days") == 400
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_turns_count_in_their_budgets_once_and_not_when_the_platform_pays(
@@ -412,7 +385,7 @@ async def test_turns_count_in_their_budgets_once_and_not_when_the_platform_pays(
     journal.append(turn(budgets=((1, hour),)))
     await shipper.ship_all()
     assert [tuple(row) for row in await pool.fetch(windows)] == [(42, 0), (40, 0)]
-    await assert_sound(pool)
+    await assert_sound(pool, settings)
 
 
 async def test_seen_moves_with_what_is_shipped(
@@ -440,3 +413,15 @@ async def test_a_journal_that_the_database_does_not_know_waits_until_it_does(
         )
         await eventually(lambda: not journal.pending)
     assert repr(shipper).endswith(f"at={journal.end}>")
+
+
+async def test_a_record_of_another_version_goes_to_quarantine(
+    pool: asyncpg.Pool, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = await journal_of(pool, settings, tmp_path, turn())
+    monkeypatch.setattr("billing.records.VERSION", 2)
+    journal.append(turn())
+    monkeypatch.undo()
+    assert await Shipper(pool, settings, journal).close()
+    assert await turns(pool) == 1
+    assert "version" in await pool.fetchval("select reason from usage_quarantine")
