@@ -51,6 +51,10 @@ LAST_CHANCE_SHARE = 0.2
 """A question that waited behind a slow round trip has at least this share of the time-out for its own."""
 
 
+PRESENT = b"1"
+"""Any other value, or none, says that Valkey has lost what it knew of this process."""
+
+
 @dataclass(slots=True)
 class Part:
     """One subject of a question, under the limits that it has when it is asked."""
@@ -261,7 +265,7 @@ class Flights:
         try:
             async with asyncio.timeout(self._timeout_s):
                 before = await self._valkey.set(
-                    presence_key(self._incarnation), 1, ex=PRESENCE_KEPT_S, get=True
+                    presence_key(self._incarnation), PRESENT, ex=PRESENCE_KEPT_S, get=True
                 )
         except VALKEY_AWAY as error:
             end_if_cancelled()
@@ -273,7 +277,7 @@ class Flights:
             log.info("limits are kept in Valkey again", extra={"action": "limits_shared"})
             self._desk.recount()
             self._launch_soon()
-        elif before is None:
+        elif before != PRESENT:
             self._desk.recount()
 
     def _lost(self, error: BaseException) -> None:

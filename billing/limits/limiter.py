@@ -118,7 +118,8 @@ class Limiter:
                 or standing.requests < 1
                 or standing.tokens < tokens
                 or standing.in_use >= standing.slots
-                or standing.limits is not subject.limits
+                # Keys of one account bring equal limits, each its own object.
+                or (standing.limits is not subject.limits and standing.limits != subject.limits)
             ):
                 return None
             found.append(standing)
@@ -416,7 +417,7 @@ class Limiter:
             standing.views = tuple(
                 View(
                     each.window.unit,
-                    each.limit,
+                    each.window.limit,
                     max(0, each.limit - each.used),
                     each.window.length_us // 1000,
                 )

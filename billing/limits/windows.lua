@@ -150,6 +150,8 @@ end
 local function write_slots(key, incarnation, flight, count)
     if count > 0 then
         redis.call('HSET', key, incarnation, text(flight * SLOTS + count))
+        -- Others count it from now on, also where the process has not said yet that it lives; it sees that by the 0.
+        redis.call('SET', 'alive:' .. incarnation, '0', 'EX', 10, 'NX')
     else
         -- Zero is kept while others are there, for its flight's number; alone it is as good as nothing.
         if redis.call('HLEN', key) <= 1 and redis.call('HEXISTS', key, incarnation) == 1 then

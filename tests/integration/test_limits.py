@@ -275,9 +275,31 @@ async def test_a_client_that_leaves_while_it_waits_gives_its_slot_back(settings:
             for _ in range(pause):
                 await asyncio.sleep(0)
             waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            (found,) = await asyncio.gather(waiting, return_exceptions=True)
+            if isinstance(found, Admission):  # it was quicker
+                found.end(0)
             await eventually(lambda: is_admitted(limiter, subjects))
         assert limiter._known[subjects[0].name].in_use == 0
+
+
+async def test_keys_of_one_account_share_its_block(settings: Settings) -> None:
+    async with limiters(settings, 1) as (limiter,):
+        number = next(numbers)
+        same = [(Subject("account", number, Limits(requests_minute=60_000)),) for _ in range(2)]
+        while not limiter._blocks:
+            (await ask(limiter, same[0])).end(1)
+        assert all(limiter.try_admit(subjects, 1) is not None for subjects in same)
+
+
+async def test_slots_of_a_process_count_before_it_first_said_that_it_lives(
+    settings: Settings, valkey: Redis
+) -> None:
+    async with limiters(settings, 2) as (one, other):
+        await valkey.flushall()
+        subjects = key(concurrency=1)
+        held = await one.admit(subjects, 1)
+        assert not await is_admitted(other, subjects)
+        held.end(1)
 
 
 async def test_unused_parts_of_blocks_go_back(settings: Settings, valkey: Redis) -> None:
