@@ -10,10 +10,12 @@ from typing import Any
 import asyncpg
 import pytest
 
+from billing.usage import UsageSum
 from config.defaults import Settings
 from config.embedded import EmbeddedStores
 from config.postgres import open_pool
 from gateway.__main__ import main
+from gateway.cli.usage import CHART_COLUMNS, chart
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import hash_secret, load_pepper
 from tests.conftest import database_named
@@ -174,6 +176,24 @@ def test_usage_is_summed_by_model_day_key_and_account(cli: Cli, settings: Settin
     assert "█" in table
 
 
+def test_a_chart_shows_days_without_a_turn_and_sees_the_smallest() -> None:
+    sums = [UsageSum(f"2026-03-0{day}", 1, 0, 0, 0, amount) for day, amount in ((1, 800), (2, 1), (4, 400))]
+    lines = chart(sums, "day")
+    assert lines[1] == "cost by day"
+    assert lines[2] == " ███         "
+    assert lines[7] == " ███▁▁▁   ███"
+    assert lines[-1] == " 2026-03-01 … 2026-03-04"
+    assert chart(sums[:1], "day") == chart(sums, "model") == []
+
+
+def test_a_chart_is_of_the_last_that_fit_and_of_turns_where_nothing_costs() -> None:
+    sums = [UsageSum(f"2026-0{month}-01", month, 0, 0, 0, 0) for month in (1, 6)]
+    lines = chart(sums, "day")
+    assert lines[1] == "turns by day"
+    assert {len(line) for line in lines[2:-1]} == {CHART_COLUMNS + 1}
+    assert lines[-1].endswith(" … 2026-06-01")
+
+
 def test_migrate_brings_an_empty_database_up_and_then_has_nothing_to_do(
     cli: Cli, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +283,9 @@ def find(settings: Settings, secret: str) -> Any:
 
 
 def use(settings: Settings, account_id: int, key_id: int, model: str, *, amount_nano: int) -> None:
-    record = turn(account_id=account_id, key_id=key_id, started_at=time.time(), model=model, amount_nano=amount_nano)
+    record = turn(
+        account_id=account_id, key_id=key_id, started_at=time.time(), model=model, amount_nano=amount_nano
+    )
 
     async def write() -> None:
         async with await open_pool(settings.database_url, max_size=2, timeout_s=10) as pool:
