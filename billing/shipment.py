@@ -46,7 +46,7 @@ _SUMMED = ", ".join(f"sum({name})::bigint" for name in _SUMS[1:])
 _ADDED_UP = f"account_id, hour, key_id, model, {', '.join(_SUMS)}"
 
 # One row of the answer is: of turns, what a posting takes of those that are new; all sums for the rollups, as a text that
-# goes back as it is; a budget's charge; a claim; how many are too old. A posting's id is made from a UUIDv7 of ours ($2),
+# goes back as it is; a budget's charge; the claim of a turn that was answered or charged; how many are too old. A posting's id is made from a UUIDv7 of ours ($2),
 # so that those of a time lie together.
 INSERT = f"""
 with sent as materialized (
@@ -84,7 +84,7 @@ from (select distinct on (turn_id) turn_id, amount_nano, budgets from sent
 join fresh using (turn_id) cross join lateral jsonb_array_elements(s.budgets) as b group by 2, 5
 union all
 select 'claim', account_id, null, turn_id, null, idempotency_key, null, null, null
-from sent where idempotency_key is not null
+from sent where idempotency_key is not null and (amount_nano > 0 or status = 200)
 union all
 select 'old', null, null, null, null, null, count(*), null, null
 from sent where started_at < {OLDEST_SHIPPED.format(days="$3")} having count(*) > 0

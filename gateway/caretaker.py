@@ -14,7 +14,7 @@ import asyncpg
 from billing.idempotency import trim_claims
 from billing.incarnations import abandon_silent, trim_leases
 from billing.ledger import Ledger
-from billing.retention import keep_partitions
+from billing.retention import keep_partitions, trim_hours
 from config.changes import trim_changes
 from config.defaults import Settings
 from config.postgres import AWAY
@@ -111,6 +111,7 @@ class Caretaker:
 
     async def _tidy(self) -> None:
         await keep_partitions(self._pool, self._settings)
+        await trim_hours(self._pool, self._settings)
         await trim_changes(self._pool)
         await trim_leases(self._pool)
         await trim_claims(self._pool, self._settings)
