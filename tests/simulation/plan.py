@@ -41,7 +41,7 @@ class Size:
 
 
 SHORT = Size(
-    seconds=8.0, rate=45.0, failures={"engine": 1, "valkey": 1, "postgres": 1, "worker": 1, "gateway": 1}, workers=2,
+    seconds=8.0, rate=45.0, failures={"engine": 2, "valkey": 1, "postgres": 1, "worker": 1, "gateway": 1}, workers=2,
     engines=2,
 )  # fmt: skip
 LONG = Size(

@@ -22,7 +22,7 @@ from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
-from tests.soak import killed, stalled, streams
+from tests.soak import killed, limits, money_crash, simulation, stalled, streams
 from tests.soak.report import Result, write_report
 
 REPORT = ROOT / "docs" / "soak.md"
@@ -53,6 +53,21 @@ CASES = (
     Case("engine", "kill -9 of engines under load", killed.engine_killed, killed.LONG, killed.SHORT),
     Case("silent", "SIGSTOP of an engine under load", killed.engine_silent, killed.LONG, killed.SHORT),
     Case("worker", "kill -9 of workers under load", killed.worker_killed, killed.LONG, killed.SHORT),
+    Case("simulation", "Everything fails, seed after seed", simulation.seeds, simulation.LONG, simulation.SHORT),
+    Case(
+        "gateway", "kill -9 of the whole gateway under load", money_crash.gateway_killed, money_crash.CRASHES_LONG,
+        money_crash.CRASHES_SHORT,
+    ),
+    Case(
+        "postgres", "PostgreSQL away under load", money_crash.postgres_killed, money_crash.OUTAGE_LONG,
+        money_crash.OUTAGE_SHORT,
+    ),
+    Case(
+        "valkey", "Valkey away under load", money_crash.valkey_killed, money_crash.OUTAGE_LONG, money_crash.OUTAGE_SHORT
+    ),
+    Case(
+        "limits", "60 requests a minute over four workers", limits.a_minute_has_60, limits.LONG, limits.SHORT
+    ),
 )  # fmt: skip
 
 
