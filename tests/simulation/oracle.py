@@ -101,19 +101,26 @@ class Oracle:
     async def judge(self, pool: asyncpg.Pool) -> Findings:
         """All of it; raises nothing, tells everything."""
         charges = await _charges(pool)
+        self.weigh(charges)
+        await self._wallets(pool, charges)
+        await self._platform(pool, charges)
+        await self._at_rest(pool)
+        return self.findings
+
+    def weigh(self, charges: Sequence[Charge]) -> Findings:
+        """Each charge against what was done, each answer against its charge."""
         by_turn = self._once(charges)
         works: dict[str, list[Work]] = defaultdict(list)
         for work in self.work:
             works[work.request_id].append(work)
         for charge in charges:
             self._has_work(charge, works.get(charge.turn_id, []))
-        for sighting in self.sightings:
-            if sighting.request_id is not None:
-                self._is_right(sighting, by_turn.get(sighting.request_id), works.get(sighting.request_id, []))
+        for seen in self.sightings:
+            if seen.request_id is not None:
+                self._is_right(seen, by_turn.get(seen.request_id), works.get(seen.request_id, []))
+            else:
+                self.findings.check(seen.status != 200 or seen.is_replay, f"no id: {seen.told()}")
         self._numbers_once(by_turn)
-        await self._wallets(pool, charges)
-        await self._platform(pool, charges)
-        await self._at_rest(pool)
         self.findings.numbers.update(
             charged_turns=sum(charge.amount_nano > 0 for charge in charges), turns=len(charges),
             sightings=len(self.sightings), work=len(self.work),
@@ -181,8 +188,9 @@ class Oracle:
             check(amount == delivered or (was_killed and amount == 0),
                   f"received {seen.tokens} tokens and an error, charged {amount}, not {delivered}: {told}")  # fmt: skip
         elif ending == "left":
-            # The whole may have been sent when it left: then what was cached has its own price.
-            least = min(self._delivered(seen, works), self._delivered(seen, works, is_cached=True))
+            # If all of it was sent when it left, what was cached has its own price.
+            was_sent = charge is not None and charge.outcome == "finished"
+            least = self._delivered(seen, works, is_cached=was_sent)
             check(amount >= least or was_killed, f"received for {least}, charged {amount}: {told}")
         elif amount > self._delivered(seen, works):
             # Killed between a journal's append and the last write of the same tick: all of it was being sent.
