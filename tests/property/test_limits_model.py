@@ -42,7 +42,7 @@ admits = st.tuples(
     st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0, 2)),
 )  # fmt: skip
 ends = st.tuples(st.just("end"), st.integers(0, 30), st.integers(-40, 20))
-pauses = st.tuples(st.just("pause"), st.sampled_from([0.0, 0.002, 0.02, 0.07]))
+pauses = st.tuples(st.just("pause"), st.sampled_from([0.0, 0.002, 0.02, 0.058, 0.062]))
 steps = st.lists(st.one_of(admits, admits, ends, pauses), min_size=5, max_size=40)
 
 
