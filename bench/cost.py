@@ -24,7 +24,7 @@ import uvloop
 from bench.load import Job
 from bench.machine import machine
 from bench.processes import MODEL, ROOT, LoadProcess, Served, cpu_s, served
-from bench.tables import Row, as_markdown, as_text
+from bench.tables import Row, as_text, rows_as_markdown, write_section
 from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from config.settings import load_settings
@@ -32,6 +32,7 @@ from gateway.supervisor import raise_descriptor_limit
 from tests.fakes.engine import FakeEngine
 
 RESULTS = ROOT / "bench" / "RESULTS.md"
+TITLE = "What a request costs"
 NODES = 10
 WHOLE_REQUESTS = 3000
 CONNECTIONS = 16
@@ -159,7 +160,7 @@ def main() -> int:
     else:
         print(as_text(rows))
     if not args.only:
-        args.out.write_text(as_markdown(about, rows, rounds=args.rounds))
+        write_section(args.out, TITLE, rows_as_markdown("bench/cost.py", about, rows, rounds=args.rounds))
     return 0
 
 

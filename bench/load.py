@@ -8,7 +8,9 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from time import perf_counter  # uvloop tells whole milliseconds
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -134,11 +136,13 @@ class Client(asyncio.Protocol):
 @dataclass(frozen=True, slots=True)
 class Job:
     """A load. With `rate` requests start at even times whatever becomes of the earlier ones, else each connection sends
-    its next one when it has its answer. `events`: chunks that a whole stream must have."""
+    its next one when it has its answer. `keys`: one request each, in turn, instead of all by `key`. `events`: chunks that
+    a whole stream must have."""
 
     url: str
     path: str = "/v1/chat/completions"
     key: str = ""
+    keys: Sequence[str] = ()
     body: dict[str, Any] = field(default_factory=dict)
     connections: int = 1
     requests: int = 1
@@ -161,7 +165,7 @@ class Outcome:
 
 
 def request_bytes(job: Job) -> bytes:
-    """The one request that a job sends again and again."""
+    """The request that a job sends again and again."""
     parts = urlsplit(job.url)
     body = json.dumps(job.body).encode()
     key = f"authorization: Bearer {job.key}\r\n" if job.key else ""
@@ -172,25 +176,34 @@ def request_bytes(job: Job) -> bytes:
     return head.encode() + body
 
 
+def requests_of(job: Job) -> Iterator[bytes]:
+    """One after the other, without end."""
+    if not job.keys:
+        return cycle((request_bytes(job),))
+    mark = "-the-key-"
+    before, after = request_bytes(replace(job, key=mark)).split(mark.encode())
+    return (before + key.encode() + after for key in cycle(job.keys))
+
+
 async def run(job: Job) -> Outcome:
     """Put the load on, and wait for the last answer."""
     parts = urlsplit(job.url)
     host, port = parts.hostname or "", parts.port or 80
-    request = request_bytes(job)
+    requests = requests_of(job)
     tally = Tally(job.events)
     clients = [Client(host, port) for _ in range(job.connections)]
     started_s = perf_counter()
     if job.rate:
-        await _at_rate(job, clients, request, tally)
+        await _at_rate(job, clients, requests, tally)
     else:
-        await _in_turn(job, clients, request, tally)
+        await _in_turn(job, clients, requests, tally)
     seconds = perf_counter() - started_s
     for client in clients:
         client.close()
     return tally.outcome(seconds)
 
 
-async def _in_turn(job: Job, clients: list[Client], request: bytes, tally: "Tally") -> None:
+async def _in_turn(job: Job, clients: list[Client], requests: Iterator[bytes], tally: "Tally") -> None:
     left = job.requests
     opening = asyncio.Semaphore(STARTED_TOGETHER_MAX)
 
@@ -200,12 +213,12 @@ async def _in_turn(job: Job, clients: list[Client], request: bytes, tally: "Tall
             await asyncio.sleep(0)
         while left > 0:
             left -= 1
-            tally.add(await client.ask(request, job.give_up_s))
+            tally.add(await client.ask(next(requests), job.give_up_s))
 
     await asyncio.gather(*map(work, clients))
 
 
-async def _at_rate(job: Job, clients: list[Client], request: bytes, tally: "Tally") -> None:
+async def _at_rate(job: Job, clients: list[Client], requests: Iterator[bytes], tally: "Tally") -> None:
     """Latency is counted from when a request was due, so a stall is not hidden by the requests that it holds up."""
     idle = list(clients)
     host, port = urlsplit(job.url).hostname or "", urlsplit(job.url).port or 80
@@ -214,7 +227,7 @@ async def _at_rate(job: Job, clients: list[Client], request: bytes, tally: "Tall
     async def one(due_s: float) -> None:
         client = idle.pop() if idle else Client(host, port)
         late_s = perf_counter() - due_s
-        answer = await client.ask(request, job.give_up_s)
+        answer = await client.ask(next(requests), job.give_up_s)
         answer.seconds += max(0.0, late_s)
         idle.append(client)
         tally.add(answer)

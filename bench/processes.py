@@ -124,7 +124,7 @@ async def served(settings: Settings, pool: asyncpg.Pool, folder: Path) -> AsyncI
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        await asyncio.to_thread(_await_ready, process, url, log)
+        await asyncio.to_thread(await_ready, process, url, log)
         yield Served(process, url, pool, account.id, key, provider_key, log)
     finally:
         process.terminate()
@@ -153,7 +153,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _await_ready(process: Child, url: str, log: Path) -> None:
+def await_ready(process: Child, url: str, log: Path) -> None:
+    """Wait until it serves; what it logged is told if it does not."""
     deadline_s = time.monotonic() + START_S
     while True:
         assert process.poll() is None, log.read_text()
