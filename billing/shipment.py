@@ -46,8 +46,8 @@ _SUMMED = ", ".join(f"sum({name})::bigint" for name in _SUMS[1:])
 _ADDED_UP = f"account_id, hour, key_id, model, {', '.join(_SUMS)}"
 
 # One row of the answer is: of turns, what a posting takes of those that are new; all sums for the rollups, as a text that
-# goes back as it is; a budget's charge; the claim of a turn that was answered or charged; how many are too old. A posting's id is made from a UUIDv7 of ours ($2),
-# so that those of a time lie together.
+# goes back as it is; a budget's charge; the claim of a turn that was answered or charged; how many are too old. A posting's
+# id is made from a UUIDv7 of ours ($2), so that those of a time lie together.
 INSERT = f"""
 with sent as materialized (
     select {_FIELDS},
