@@ -265,6 +265,9 @@ class SpendLeases:
 
     async def _wait(self, account: AccountLease, waiter: Waiter) -> Hold:
         account.waiters.append(waiter)
+        serve(account, self._clock.monotonic(), self._teller.generation, self._ended)
+        if waiter.granted.done():  # those before it wait for a budget that is none of its
+            return waiter.granted.result()
         self._waiting += 1
         self._teller.bring(account)
         loop = asyncio.get_running_loop()
