@@ -1,10 +1,9 @@
-"""What a turn costs, who pays, and the record of it.
+"""What a turn may cost, what it did cost, who pays and who earns, so that no death of anything makes it wrong.
 
-`money` counts in integers of nano, `prices` reads the price book and computes a turn's amount, `usage` writes
-each settled turn to PostgreSQL and charges its account exactly once, `retention` keeps the day partitions.
+Before a turn: `prices` and `holds` bound its cost, `limits` its rate; `leases` sets the bound aside in memory, out of a part of
+the wallet and of the `budgets` that this process took. After it: `journal` keeps the record on disk, `shipper` brings it into the
+book, where `ledger` posts it, `usage` sums it up, `statements` and `audit` read it. When a process dies, `recovery` ships what
+it left. README.md beside this file follows a nano from top-up to payout.
+
 Nothing here knows of HTTP, nodes or the text of a turn.
-
-How exactly once comes about: a usage row's key is the turn's start and id; a batch is one statement that
-inserts what is not there yet and charges only what it inserted. So a batch may be sent again whenever its
-fate is unknown.
 """
