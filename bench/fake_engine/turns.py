@@ -165,7 +165,11 @@ class Turn:
             return
         self.is_over = True
         self.engine.leave(self)
-        if self.entry is not None:
+        self._note(how)
+
+    def _note(self, how: str) -> None:
+        """Write the record, once; of an answer's end before it goes out, so that no killed engine denies what it sent."""
+        if self.entry is not None and self.entry.how is None:
             self.entry.how = how
             self.entry.finished = how == "finished"
             self.entry.completion_tokens = self._count(self.produced)
@@ -225,6 +229,7 @@ class Turn:
 
     def _end_stream(self, how: str) -> None:
         self._finish_counts(self.engine.loop.time(), how)
+        self._note(how)
         self._send(self.surface.closing(self._count(self.written), self.timing))
         self.client.write(END)
         self.close(how)
@@ -236,8 +241,11 @@ class Turn:
         body = self.surface.whole(self.timing)
         if self.fault is not None and self.fault.kind == "no_finish":
             body = breakage.without_finish(body)
+        if self.fault is not None and not breakage.is_harmless(self.fault):
+            how = self.fault.kind
+        self._note(how)
         self.client.write(self.engine.stamp.whole(200, body, last=self.client.last_headers))
-        self.close(how if self.fault is None or breakage.is_harmless(self.fault) else self.fault.kind)
+        self.close(how)
         self.client.done()
 
     def _finish_counts(self, now: float, how: str) -> None:

@@ -89,13 +89,14 @@ class Findings:
 @dataclass(slots=True)
 class Oracle:
     """`judge` once the book is at rest. `kills`: when processes of the gateway were killed, unix seconds: only what ran
-    then may be missing from the book. `credited`: what each account was given."""
+    then may be missing from the book. `credited`: what each account was given; `budgets`: what it may spend of that."""
 
     prices: Mapping[str, Prices]
     work: Sequence[Work]
     sightings: Sequence[Sighting]
     credited: Mapping[int, int]
     kills: Sequence[float] = ()
+    budgets: Mapping[int, int] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
 
     async def judge(self, pool: asyncpg.Pool) -> Findings:
@@ -248,6 +249,11 @@ class Oracle:
         spent = Counter[int]()
         for charge in charges:
             spent[charge.account_id] += charge.amount_nano
+        for account_id, most in self.budgets.items():
+            self.findings.check(
+                spent[account_id] <= most,
+                f"account {account_id} spent {spent[account_id]} of a budget of {most}",
+            )
         for row in await pool.fetch(
             "select owner_id, debit_nano, credit_nano, pending_debit_nano, leased_nano from ledger_accounts"
             " where kind = 'wallet'"

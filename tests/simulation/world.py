@@ -58,6 +58,7 @@ class World:
     engines: list[WitnessEngine] = field(default_factory=list)
     gateways: list[GatewayProcess] = field(default_factory=list)
     credited: Counter[int] = field(default_factory=Counter)
+    budgets: dict[int, int] = field(default_factory=dict)
     sightings: list[Sighting] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
     _numbers: int = 0
@@ -107,6 +108,7 @@ class World:
                 "update api_keys set limits = $2 where id = $1", row.id, json.dumps(limits)
             )
         if budget_nano is not None:
+            self.budgets[made.id] = budget_nano
             await self.pool.execute(
                 "insert into budgets (account_id, period, limit_nano) values ($1, 'total', $2)",
                 made.id,
@@ -166,7 +168,7 @@ class World:
         """Bring everything to rest and judge. Raises AssertionError with all that is wrong."""
         await self.rest()
         work = [each for engine in self.engines for each in engine.work()]
-        oracle = Oracle(self.prices, work, self.sightings, self.credited, self.kills)
+        oracle = Oracle(self.prices, work, self.sightings, self.credited, self.kills, self.budgets)
         findings = await oracle.judge(self.pool)
         for found in await audit.run(self.pool, self.settings):
             findings.check(found.state == "ok", f"audit: {found.check.name}, {found.count}: {found.rows[:3]}")

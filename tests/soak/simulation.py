@@ -22,7 +22,7 @@ class Seeds:
 
 
 SHORT = Seeds(first=1, count=1, size=plan.SHORT)
-LONG = Seeds(first=1, count=8, size=plan.LONG)
+LONG = Seeds(first=1, count=6, size=plan.LONG)
 
 NAMES = {
     "turns": "turns in the book",
