@@ -84,12 +84,23 @@ class Waiter:
     granted: "asyncio.Future[Hold]"
     planned_nano: int = 0  # what was asked of PostgreSQL for it
     is_answered: bool = False  # PostgreSQL said how things stand
+    is_late: bool = False  # it has waited as long as turns wait: an answer ends it, whatever it is
     short: Budget | None = None  # the budget that keeps it waiting; None: the wallet
 
     @property
     def need_nano(self) -> int:
         """The smallest hold that is of use."""
         return self.amount_nano if self.least_nano is None else min(self.least_nano, self.amount_nano)
+
+    def run_out(self) -> None:
+        """It waited in vain, and PostgreSQL said how things stand."""
+        if not self.granted.done():
+            self.granted.set_exception(BudgetExceeded(self.short) if self.short else InsufficientFunds())
+
+    def refuse(self) -> None:
+        """Nothing can be told about its money now."""
+        if not self.granted.done():
+            self.granted.set_exception(BillingUnavailable("the ledger can't be reached"))
 
 
 @dataclass(slots=True, eq=False)

@@ -26,7 +26,7 @@ from billing.lease_account import (
 )
 from billing.lease_plan import SMALL_S
 from billing.lease_store import beat, report, transaction
-from billing.teller import Teller, refuse
+from billing.teller import Teller
 from config.changes import EVERYTHING
 from config.clock import Clock
 from config.defaults import Settings
@@ -183,7 +183,7 @@ class SpendLeases:
             account.stop_polling()
             account.is_dropping = True
             for waiter in account.waiting():
-                refuse(waiter)
+                waiter.refuse()
             self._teller.bring(account)
         try:
             async with asyncio.timeout(2 * self._settings.database_timeout_s):
@@ -275,7 +275,7 @@ class SpendLeases:
         ends = loop.call_later(
             min(wait_s, AWAY_PATIENCE_S) if self.is_away else wait_s, self._run_out, waiter
         )
-        last = loop.call_later(max(wait_s, self._settings.database_timeout_s), refuse, waiter)
+        last = loop.call_later(max(wait_s, self._settings.database_timeout_s), waiter.refuse)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -290,14 +290,11 @@ class SpendLeases:
 
     def _run_out(self, waiter: Waiter) -> None:
         """`hold_wait_s` is over: 402 only if PostgreSQL said how things stand, else it may answer a little longer."""
-        if waiter.granted.done() or not (waiter.is_answered or self.is_away):
-            return
-        if not waiter.is_answered:
-            refuse(waiter)
-        elif waiter.short is not None:
-            waiter.granted.set_exception(BudgetExceeded(waiter.short))
-        else:
-            waiter.granted.set_exception(InsufficientFunds)
+        waiter.is_late = True
+        if waiter.is_answered:
+            waiter.run_out()
+        elif self.is_away:
+            waiter.refuse()
 
     def _leave(self, account: AccountLease, waiter: Waiter) -> None:
         """Those behind it don't wait for one who left."""

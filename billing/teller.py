@@ -14,12 +14,10 @@ import asyncpg
 from billing.incarnations import Incarnation
 from billing.lease_account import (
     AccountLease,
-    BillingUnavailable,
     BudgetExceeded,
     Ended,
     InsufficientFunds,
     Refusal,
-    Waiter,
     serve,
     serve_smaller,
 )
@@ -222,7 +220,7 @@ class Teller:
             waiter.is_answered = True
             if waiter.need_nano > plan.totals[account.wallet]:
                 account.refused = Refusal(plan.totals[account.wallet], now_s + REFUSAL_S)
-                waiter.granted.set_exception(InsufficientFunds)
+                waiter.granted.set_exception(InsufficientFunds())
                 refused = True
                 continue
             for budget in waiter.budgets:
@@ -234,6 +232,8 @@ class Teller:
                 waiter.granted.set_exception(BudgetExceeded(budget))
                 refused = True
                 break
+            if waiter.is_late:
+                waiter.run_out()
         return refused
 
     def _poll_later(self, account: AccountLease) -> None:
@@ -261,13 +261,7 @@ class Teller:
     def _refuse_all(self, batch: list[AccountLease]) -> None:
         for account in batch:
             for waiter in account.waiting():
-                refuse(waiter)
-
-
-def refuse(waiter: Waiter) -> None:
-    """Nothing can be told about its money now."""
-    if not waiter.granted.done():
-        waiter.granted.set_exception(BillingUnavailable("the ledger can't be reached"))
+                waiter.refuse()
 
 
 def _tidy(account: AccountLease) -> None:
