@@ -28,6 +28,8 @@ def test_the_promised_commands_exist() -> None:
         "poolgate up", "poolgate serve", "poolgate agent", "poolgate migrate", "poolgate usage",
         "poolgate recover", "poolgate doctor", "poolgate version",
         "poolgate account create", "poolgate account list", "poolgate account show", "poolgate account credit",
+        "poolgate account zone", "poolgate account suspend", "poolgate account resume",
+        "poolgate statement", "poolgate audit",
         "poolgate key create", "poolgate key list", "poolgate key revoke",
         "poolgate limit set", "poolgate limit show",
         "poolgate tier set", "poolgate tier list", "poolgate tier assign", "poolgate tier remove",
