@@ -8,6 +8,9 @@ from dataclasses import dataclass
 LEAST_TURNS = 4
 """A block buys at least so many holds as the last one: an account's second turn should not wait for PostgreSQL again."""
 
+GROWTH_PERCENT = 110
+"""A block that should be larger than this, of what it is, is filled up at once; peaks that creep start no refills."""
+
 PEAK_KEPT_MS = 600_000
 """The peak of an account's spending falls linearly to nothing in this time, unless it is reached again."""
 
@@ -164,7 +167,21 @@ def surplus_nano(need_nano: int, pot: Pot, available_nano: int, *, small: bool) 
     return max(beyond_nano, min(spare_nano, -available_nano))
 
 
-def peak_after(peak_nano_s: int, spent_nano: int, elapsed_ms: int) -> int:
-    """The peak of nano a second, after `spent_nano` more in `elapsed_ms`."""
+def peak_after(peak_nano_s: int, spent_nano: int, elapsed_ms: int, round_ms: int) -> int:
+    """The peak of nano a second, `elapsed_ms` after it was last measured and with `spent_nano` spent in the last `round_ms`.
+
+    Nothing was spent before that round: an account that begins anew after a pause is as fast as it is now.
+    """
     faded = peak_nano_s - peak_nano_s * min(elapsed_ms, PEAK_KEPT_MS) // PEAK_KEPT_MS
-    return max(faded, spent_nano * 1000 // max(1, elapsed_ms))
+    return max(faded, spent_nano * 1000 // max(1, round_ms))
+
+
+def low_after(pot: Pot, wanted_nano: int) -> int:
+    """Below what a pot is to be filled again, now that its account's speed asks for a block of `wanted_nano`.
+
+    A pot that was filled for a slower one would else run down to half of that first. Where a fair part is less than a block,
+    this starts one refill, which notes the new block.
+    """
+    if pot.is_small or not pot.block_nano or wanted_nano * 100 <= pot.block_nano * GROWTH_PERCENT:
+        return pot.low_nano
+    return max(pot.low_nano, wanted_nano // 2)

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from billing.incarnations import Incarnation
-from billing.lease import peak_after
+from billing.lease import block_nano, low_after, peak_after
 from billing.lease_account import (
     AccountLease,
     BillingUnavailable,
@@ -83,6 +83,7 @@ class SpendLeases:
         self._is_closed = False
         self._beaten_s = float("-inf")
         self._reported_s = float("-inf")
+        self._started_s = clock.monotonic()
         self._usable_until_s = clock.monotonic() + _trusted_s(settings)
 
     def __repr__(self) -> str:
@@ -167,8 +168,9 @@ class SpendLeases:
         if now_s - self._beaten_s >= self._beat_s:
             await self._beat(now_s)
         if now_s - self._reported_s >= self._settings.lease_report_s:
+            round_s = min(now_s - self._reported_s, now_s - self._started_s)
             self._reported_s = now_s
-            self._measure(now_s)
+            self._measure(now_s, max(round_s, self._settings.lease_report_s))
             await self._report()
         for account in list(self._teller.failed):
             self._teller.bring(account)
@@ -331,16 +333,20 @@ class SpendLeases:
         self._teller.live_count = live
         self._usable_until_s = now_s + _trusted_s(self._settings)
 
-    def _measure(self, now_s: float) -> None:
-        """How fast the accounts that changed spend."""
+    def _measure(self, now_s: float, round_s: float) -> None:
+        """How fast the accounts that changed in this round spend, and so how low their leases may run."""
+        round_ms = round(round_s * 1000)
         for account in self._changed:
             wallet = account.wallet
             spent_nano = wallet.settled_nano + wallet.held_nano
             elapsed_ms = round((now_s - account.measured_s) * 1000)
             account.peak_nano_s = peak_after(
-                account.peak_nano_s, max(0, spent_nano - account.spent_nano), elapsed_ms
+                account.peak_nano_s, max(0, spent_nano - account.spent_nano), elapsed_ms, round_ms
             )
             account.spent_nano, account.measured_s = spent_nano, now_s
+            wanted_nano = block_nano(account.peak_nano_s, self._settings.lease_block_s, account.hold_nano)
+            for pot in account.all_pots():
+                pot.low_nano = low_after(pot, wanted_nano)
 
     async def _report(self) -> None:
         """Tell what is free and held of the leases that changed. What can't be told is told in the next round."""

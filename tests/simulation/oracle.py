@@ -189,9 +189,8 @@ class Oracle:
             check(amount == delivered or (was_killed and amount == 0),
                   f"received {seen.tokens} tokens and an error, charged {amount}, not {delivered}: {told}")  # fmt: skip
         elif ending == "left":
-            # If all of it was sent when it left, what was cached has its own price.
-            was_sent = charge is not None and charge.outcome == "finished"
-            least = self._delivered(seen, works, is_cached=was_sent)
+            # An engine's last word tells what was cached: the gateway may have had it when the client left.
+            least = self._delivered(seen, works, is_cached=any(work.is_finished for work in works))
             check(amount >= least or was_killed, f"received for {least}, charged {amount}: {told}")
         elif amount > self._delivered(seen, works):
             # Killed between a journal's append and the last write of the same tick: all of it was being sent.
