@@ -274,9 +274,9 @@ class Limiter:
             standing.was_used = True
         if len(standings) == 1:
             only = standings[0]
-            return Admission(self, ((only, only.granted_us),), tokens, only.headers)
+            return Admission(self, ((only, only.granted_us),), tokens, _headers_of(standings))
         parts = tuple([(standing, standing.granted_us) for standing in standings])
-        return Admission(self, parts, tokens, _headers_of_both(standings))
+        return Admission(self, parts, tokens, _headers_of(standings))
 
     def _admitted(self, ask: Ask, answer: Answer, sent_at: float) -> Admission:
         at = 0
@@ -285,7 +285,7 @@ class Limiter:
             self._enter(part, answer.found[at : at + size], answer.now_us, sent_at)
             at += size
         parts = tuple([(part.standing, answer.now_us) for part in ask.parts])
-        return Admission(self, parts, ask.tokens, _headers_of_both(ask.standings))
+        return Admission(self, parts, ask.tokens, _headers_of(ask.standings))
 
     def _enter(self, part: Part, found: list[Found], now_us: int, sent_at: float) -> None:
         """One request more of this subject, and its block."""
@@ -400,7 +400,7 @@ class Limiter:
         asked = tokens if refusal.limit.startswith("tokens") else 1
         message = refusal_message(refusal.limit, standing.kind, refusal.most, refusal.used, asked, wait_s)
         return LimitExceeded(
-            refusal.limit, message, rounded_up(wait_s), _headers_of_both(standings), standing.name
+            refusal.limit, message, rounded_up(wait_s), _headers_of(standings), standing.name
         )
 
     # --- alone ------------------------------------------------------------------------------------------------
@@ -424,7 +424,6 @@ class Limiter:
                 for each in seen
                 if each.window is not None
             )
-            standing.headers = headers_of(standing.views)
             worst = max(seen, key=lambda each: each.wait_s)
             if worst.wait_s > 0:
                 name = "concurrency" if worst.window is None else worst.window.name
@@ -436,7 +435,7 @@ class Limiter:
             assert standing.share is not None
             standing.share.take(now, tokens)
             standing.in_use += 1
-        return Admission(self, tuple([(each, 0) for each in standings]), tokens, _headers_of_both(standings))
+        return Admission(self, tuple([(each, 0) for each in standings]), tokens, _headers_of(standings))
 
     # --- subjects ---------------------------------------------------------------------------------------------
 
@@ -462,7 +461,7 @@ class Limiter:
             had_slots = standing.plan.concurrency is not None
             standing.plan = self._plan(limits)
             standing.refusal = standing.share = None
-            standing.views, standing.headers = (), {}
+            standing.views = ()
             if had_slots or standing.plan.concurrency is not None:
                 self._flights.report(standing)
         standing.limits = limits
@@ -489,18 +488,15 @@ def _tell(standing: Standing, plan: Plan, found: list[Found]) -> None:
         )
         for window, each in zip(plan.windows, found, strict=False)
     )
-    standing.headers = headers_of(standing.views)
-    standing.pair = None
 
 
-def _headers_of_both(standings: Sequence[Standing]) -> dict[str, str]:
-    """The tightest of all subjects, put together once for each state of them."""
+def _headers_of(standings: Sequence[Standing]) -> dict[str, str]:
+    """The tightest of all subjects. Kept only while a block answers many with the same: they are ten times a standing."""
     first = standings[0]
-    if len(standings) == 1:
-        return first.headers
-    second = standings[1]
-    pair = first.pair
-    if pair is None or pair[0] is not first.headers or pair[1] is not second.headers:
-        both = headers_of((*first.views, *second.views))
-        pair = first.pair = (first.headers, second.headers, both)
-    return pair[2]
+    others = standings[1].views if len(standings) > 1 else ()
+    told = first.told
+    if told is not None and told[0] is first.views and told[1] is others:
+        return told[2]
+    headers = headers_of((*first.views, *others))
+    first.told = (first.views, others, headers) if first.until else None
+    return headers

@@ -4,7 +4,7 @@ When to ask Valkey is the limiter's; how it counts is `shared`'s.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from billing.limits.headers import View
 from billing.limits.local import Share
@@ -44,9 +44,8 @@ class Standing:
     granted_us: int = 0  # Valkey's time of the block
     refusal: Refusal | None = None
     views: tuple[View, ...] = ()
-    headers: dict[str, str] = field(default_factory=dict)
-    pair: tuple[dict[str, str], dict[str, str], dict[str, str]] | None = (
-        None  # ours, another's, both together
+    told: tuple[tuple[View, ...], tuple[View, ...], dict[str, str]] | None = (
+        None  # ours, another's, headers of both
     )
     share: Share | None = None  # only while Valkey is away
     was_used: bool = True  # since the memory was last looked through
@@ -102,5 +101,5 @@ class Standing:
                 0 if self.plan.block_requests is None else self.requests,
                 0 if self.plan.block_tokens is None else self.tokens,
             )
-        self.until, self.requests, self.tokens = 0.0, 0, 0
+        self.until, self.requests, self.tokens, self.told = 0.0, 0, 0, None
         return left
