@@ -67,6 +67,16 @@ async def test_the_database_itself_refuses_a_balance_below_zero(pool: asyncpg.Po
             await pool.execute(f"update ledger_accounts set {column} = 101 where kind = 'wallet'")
 
 
+async def test_withdrawals_are_one_account_for_every_process_and_stay_above_zero(pool: asyncpg.Pool) -> None:
+    rack = await account(pool, 100)
+    wallet, parked, clearing = (
+        AccountRef.wallet(rack), AccountRef.platform("withdrawals"), AccountRef.platform("clearing"),
+    )  # fmt: skip
+    await apply(pool, Transfer(uuid7(), wallet, parked, 60, "withdrawal"), shard=1)
+    more, all_ = (Transfer(uuid7(), parked, clearing, amount, "payout") for amount in (61, 60))
+    assert [result.status for result in await apply(pool, more, all_, shard=2)] == ["refused", "done"]
+
+
 @pytest.mark.parametrize("statement", ["update transfers set amount_nano = 1", "delete from transfers"])
 async def test_a_transfer_is_never_changed(pool: asyncpg.Pool, statement: str) -> None:
     await account(pool, 100)
@@ -255,7 +265,7 @@ async def test_turns_go_from_the_leased_part_of_the_wallet_to_earnings_and_fee(p
         Posting(uuid7(), acme, None, 10, 0),
         Posting(uuid7(), other, rack, 40, 30, loss_share_nano=7),
     ]
-    await post_turns(pool, process, postings, from_loss=False, shard=2)
+    await post_turns(pool, process, postings, shard=2)
     assert await balances(pool) == {
         ("wallet", acme): 890, ("wallet", other): 960, ("wallet", rack): 0, ("earnings", rack): 112,
         ("fee", None): 45, ("loss", None): -7, ("clearing", None): -2000,
@@ -273,24 +283,11 @@ async def test_turns_go_from_the_leased_part_of_the_wallet_to_earnings_and_fee(p
     ]  # fmt: skip
 
 
-async def test_turns_of_an_abandoned_process_are_the_platforms_loss(pool: asyncpg.Pool) -> None:
-    acme, rack = await account(pool, 1000), await account(pool)
-    process = await incarnation(pool, "abandoned")
-    await post_turns(pool, process, [Posting(uuid7(), acme, rack, 100, 75, 5)], from_loss=True, shard=0)
-    found = await balances(pool)
-    assert (found["wallet", acme], found["loss", None], found["earnings", rack], found["fee", None]) == (
-        1000, -105, 80, 25,
-    )  # fmt: skip
-    assert await pool.fetch("select distinct kind from transfers where incarnation_id is not null") == [
-        ("loss",)
-    ]
-
-
 async def test_turns_that_cost_nothing_make_no_transfer(pool: asyncpg.Pool) -> None:
     acme = await account(pool, 1000)
     process = await incarnation(pool)
-    await post_turns(pool, process, [Posting(uuid7(), acme, acme, 0, 0)], from_loss=False, shard=0)
-    await post_turns(pool, process, [], from_loss=False, shard=0)
+    await post_turns(pool, process, [Posting(uuid7(), acme, acme, 0, 0)], shard=0)
+    await post_turns(pool, process, [], shard=0)
     assert await pool.fetchval("select count(*) from transfers") == 1
 
 
@@ -300,7 +297,7 @@ async def test_what_is_posted_is_not_reported_as_held_any_more(pool: asyncpg.Poo
     await lease(pool, process, acme, 500)
     await pool.execute("update spend_leases set free_nano = 380, held_nano = 100")  # 20 are settled in memory
     for amount, left in ((20, (380, 100)), (30, (380, 70)), (80, (370, 0))):
-        await post_turns(pool, process, [Posting(uuid7(), acme, None, amount, 0)], from_loss=False, shard=0)
+        await post_turns(pool, process, [Posting(uuid7(), acme, None, amount, 0)], shard=0)
         assert tuple(await pool.fetchrow("select free_nano, held_nano from spend_leases")) == left
 
 
@@ -309,11 +306,9 @@ async def test_a_posting_that_comes_again_is_refused_whole(pool: asyncpg.Pool) -
     process = await incarnation(pool)
     await lease(pool, process, acme, 500)
     posting = Posting(uuid7(), acme, None, 100, 0)
-    await post_turns(pool, process, [posting], from_loss=False, shard=0)
+    await post_turns(pool, process, [posting], shard=0)
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
-        await post_turns(
-            pool, process, [posting, Posting(uuid7(), acme, None, 5, 0)], from_loss=False, shard=0
-        )
+        await post_turns(pool, process, [posting, Posting(uuid7(), acme, None, 5, 0)], shard=0)
     assert await leases(pool) == [(acme, 100)]
 
 
@@ -322,10 +317,10 @@ async def test_more_than_a_lease_has_is_refused_whole(pool: asyncpg.Pool) -> Non
     process = await incarnation(pool)
     await lease(pool, await incarnation(pool), acme, 100)
     with pytest.raises(asyncpg.IntegrityConstraintViolationError, match="has no lease"):
-        await post_turns(pool, process, [Posting(uuid7(), acme, None, 1, 0)], from_loss=False, shard=0)
+        await post_turns(pool, process, [Posting(uuid7(), acme, None, 1, 0)], shard=0)
     await lease(pool, process, acme, 50)
     with pytest.raises(asyncpg.CheckViolationError, match="never_over_granted"):
-        await post_turns(pool, process, [Posting(uuid7(), acme, None, 51, 0)], from_loss=False, shard=0)
+        await post_turns(pool, process, [Posting(uuid7(), acme, None, 51, 0)], shard=0)
 
 
 async def test_postings_and_transfers_in_any_order_never_deadlock(pool: asyncpg.Pool) -> None:
@@ -341,7 +336,7 @@ async def test_postings_and_transfers_in_any_order_never_deadlock(pool: asyncpg.
             postings = [
                 Posting(uuid7(), of, shuffled.choice(wallets), 4, 3) for of in shuffled.sample(wallets, 5)
             ]
-            await post_turns(pool, process, postings, from_loss=False, shard=0)  # type: ignore[arg-type]
+            await post_turns(pool, process, postings, shard=0)  # type: ignore[arg-type]
 
     async def move() -> None:
         for _ in range(20):
