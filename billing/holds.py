@@ -97,6 +97,11 @@ class Bound:
     has_media: bool
     usual_prompt_tokens: int  # a likely number, no bound
 
+    @property
+    def completion_tokens(self) -> int:
+        """Of all answers together."""
+        return self.choices * self.output_tokens
+
 
 def text_bytes(raw: bytes, form: Literal["NFC", "NFKC"] = "NFC") -> int:
     """Length of a request's JSON, or what its texts may grow to when a tokenizer normalizes them: `bound_of`'s `raw_bytes`.

@@ -203,20 +203,20 @@ class Dispatcher:
             ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
         delivery = Delivery(
             tap, down, EVENT_STREAM | headers, turn.first_event, partial(self._covers, turn),
-            turn.bound.choices * turn.bound.output_tokens, ask.gathers, ends_at_s,
+            turn.bound.completion_tokens, ask.gathers, ends_at_s,
         )  # fmt: skip
         try:
             await stream(connection, delivery, self._settings)
         finally:
             if not ask.gathers and turn.first_event_s is not None:
-                turn.tokens = tap.final_tokens()
+                turn.delivered(tap.final_tokens())
         self._finish(turn, tap, down, headers)
 
     def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
         """Settle, then send the last bytes."""
         if down.is_gone and turn.ask.gathers:
             raise ClientGone
-        turn.tokens = tap.final_tokens()
+        turn.delivered(tap.final_tokens())
         is_timeout = isinstance(tap, CompleteTap) and tap.timed_out
         turn.outcome, turn.status = "timeout" if is_timeout else "finished", 200
         self._settle(turn)
@@ -234,7 +234,7 @@ class Dispatcher:
         if down.is_gone:
             raise ClientGone
         turn.first_event()
-        turn.tokens = answer_tokens(body) or _estimated(turn.ask.body, body)
+        turn.delivered(answer_tokens(body) or _estimated(turn.ask.body, body))
         turn.outcome, turn.status = "finished", 200
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)

@@ -6,7 +6,7 @@ Holds what is known of it so far and nothing that acts; `gateway.lifecycle` move
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from billing.holds import Bound
@@ -82,10 +82,19 @@ class Turn:
         """The engine's first event is here; a retry starts its time anew."""
         self.first_event_s = time.monotonic()
 
+    def delivered(self, tokens: Tokens) -> None:
+        """What is to be charged. An estimate that is above the bound is wrong: another tokenizer made it, and a limit that
+        the engine kept to can't have been passed."""
+        if tokens.estimated:
+            prompt = min(tokens.prompt, self.bound.prompt_tokens)
+            completion = min(tokens.completion, self.bound.completion_tokens)
+            tokens = replace(tokens, prompt=prompt, completion=completion)
+        self.tokens = tokens
+
     @property
     def limited_tokens(self) -> int:
         """What counts against token limits: what was used, and the prompt of a client that left before its answer began."""
-        if self.outcome == "client_gone" and self.first_event_s is None:
+        if self.outcome == "client_gone" and not self.tokens.prompt:
             return self.bound.usual_prompt_tokens
         return self.tokens.prompt + self.tokens.completion
 

@@ -26,6 +26,9 @@ ERROR_BODY_MAX = 65536
 OVERRUN: dict[str, Any] = {}
 """Stands in a tap for the error that the engine did not send: it went on past what was asked for and is paid."""
 
+ESTIMATE_SLACK = 8
+"""How many times more tokens an estimate may see than the engine did: some scripts take ours several a token."""
+
 KEEPALIVE = b": keep-alive\n\n"
 
 
@@ -50,6 +53,8 @@ class Delivery:
 async def stream(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
     """Relay one stream to its end, all but the terminal bytes, which the tap keeps until the turn is settled."""
     await _first_event(connection, delivery, settings)
+    if delivery.down.is_gone and not delivery.gathered:
+        raise ClientGone
     if not delivery.tap.is_done:
         delivery.on_first()
     _open(connection, delivery, settings.event_bytes_max)
@@ -109,13 +114,16 @@ def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: i
 
     def pass_on(data: bytes) -> None:
         nonlocal tokens_max
+        if down.is_gone and not gathered:  # what can't be written is not delivered, so it is not counted
+            connection.poke()
+            return
         out = tap.feed(data)
         if out and not gathered:
             down.write(out)
             if down.is_full:
                 connection.pause()
                 connection.poke()
-        if tap.tokens.completion > tokens_max:
+        if tap.tokens.completion > tokens_max * (ESTIMATE_SLACK if tap.tokens.estimated else 1):
             tokens_max = delivery.covers(tap.tokens)
             if tap.tokens.completion > tokens_max and tap.error is None:
                 tap.error = OVERRUN

@@ -23,7 +23,7 @@ class ResponsesTap:
     __slots__ = ("_asked", "_tail", "_terminal", "error", "is_done", "tokens")
 
     def __init__(self, asked: Any) -> None:
-        """`asked`: the request's `input`, whose tokens are estimated until the engine has the last word."""
+        """`asked`: what the prompt is made of, whose tokens are estimated until the engine has the last word."""
         self.tokens = Tokens()
         self.error: dict[str, Any] | None = None
         self.is_done = False

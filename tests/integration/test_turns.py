@@ -12,6 +12,7 @@ import pytest
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
+from gateway.turn import Turn
 from tests.gateways import MODEL, TestGateway, running_gateway
 from tests.waiting import eventually
 
@@ -205,6 +206,39 @@ async def test_a_cut_responses_stream_is_charged_by_estimate(gw, engines):
     assert record.prompt_tokens > 0
 
 
+async def test_the_estimate_of_a_cut_responses_stream_has_its_instructions_and_tools(gw, engines):
+    engine = await engines(pace_ms=5, tokens=900)
+    await gw.register(engine.url)
+    tool = {"type": "function", "name": "look", "description": "words " * 200, "parameters": {}}
+    body = {
+        "model": MODEL, "input": "hello", "instructions": "words " * 300, "tools": [tool], "stream": True,
+        "max_output_tokens": 900,
+    }  # fmt: skip
+    async with await gw.post("/v1/responses", body) as reply:
+        await read_events(reply, 20)
+        reply.close()
+    assert (await gw.settled(1))[0].prompt_tokens >= 500
+
+
+async def test_an_estimate_above_the_limit_neither_cuts_a_stream_nor_is_charged(gw, engines):
+    """One token of the engine is seven of the tokenizer that estimates."""
+    engine = await engines(answer=["தமிழ்"] * 40, pace_ms=5)
+    await gw.register(engine.url)
+    account = await AccountStore(gw.pool).create("poor", balance_nano=40_000)  # no room beyond the hold
+    _, gw.key = await KeyStore(gw.pool, load_pepper(gw.gateway.settings)).create(account.id, prefix="sk-pg-")
+    body = {"model": MODEL, "input": "hello", "stream": True, "max_output_tokens": 40, "ignore_eos": True}
+    async with await gw.post("/v1/responses", body) as reply:
+        raw = await reply.read()
+    assert b"event: response.completed" in raw
+    async with await gw.post("/v1/responses", body) as reply:
+        await read_events(reply, 30)
+        reply.close()
+    whole, cut = await gw.settled(2)
+    assert (whole.outcome, whole.completion_tokens, whole.estimated) == ("finished", 40, False)
+    assert (cut.outcome, cut.completion_tokens, cut.estimated) == ("client_gone", 40, True)
+    assert cut.loss_nano == 0
+
+
 # --- /v1/complete --------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +325,32 @@ async def test_a_client_that_leaves_before_the_first_event_pays_nothing(gw, engi
     )
     await engine.until(lambda record: record["requests"][0]["aborted"])
     assert gw.gateway.registry.snapshot.engines[0].load.turns == 0
+
+
+async def test_the_prompt_of_a_client_that_left_before_its_answer_counts_against_token_limits(
+    gw, engines, monkeypatch
+):
+    begun = asyncio.Event()
+    first_event = Turn.first_event
+    monkeypatch.setattr(Turn, "first_event", lambda turn: (first_event(turn), begun.set()))
+    engine = await engines("--max-model-len", "200000", pace_ms=50, tokens=1000)
+    await gw.register(engine.url)
+    await gw.pool.execute(
+        "update api_keys set limits = '{\"tokens_minute\": 100000}' where id = $1", gw.key_row.id
+    )
+    asking = asyncio.create_task(
+        gw.post("/v1/complete", {"model": MODEL, "prompt": "words " * 2_000, "max_tokens": 1000})
+    )
+    await begun.wait()
+    asking.cancel()
+    record = (await gw.settled(1))[0]
+    assert (record.outcome, record.amount_nano) == ("client_gone", 0)
+
+    async def is_counted() -> bool:
+        async with await gw.post("/v1/complete", {"model": MODEL, "prompt": "Hi", "max_tokens": 1}) as reply:
+            return 96_000 < int(reply.headers["x-ratelimit-remaining-tokens"]) < 98_000
+
+    await eventually(is_counted)
 
 
 async def test_a_client_that_reads_nothing_pauses_the_engine_and_then_goes_on(gw, engines):

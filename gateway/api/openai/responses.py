@@ -16,6 +16,9 @@ from gateway.turn import Ask
 
 routes = Routes(surface="openai", tag="Inference")
 
+PROMPT_FIELDS = ("instructions", "input", "tools")
+"""What engines make the prompt of: it is estimated from these if the stream is cut."""
+
 
 @routes.post(
     "/v1/responses", summary="Responses, streamed or not", body=ResponsesRequest, answers={200: RESPONSES_ANSWERS},
@@ -38,5 +41,5 @@ def _ask(raw: bytes, request: web.Request) -> Ask:
         body_bytes=text_bytes(raw),
         is_stream=is_stream,
         limit_field="max_output_tokens",
-        tap=partial(ResponsesTap, body["input"]) if is_stream else None,
+        tap=partial(ResponsesTap, [body.get(name) for name in PROMPT_FIELDS]) if is_stream else None,
     )
