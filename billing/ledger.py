@@ -175,24 +175,22 @@ def share_nano(amount_nano: int, share_bp: int, rounding: str) -> int:
 
 
 async def post_turns(
-    connection: Connection, incarnation_id: UUID, postings: Sequence[Posting], *, from_loss: bool, shard: int
+    connection: Connection, incarnation_id: UUID, postings: Sequence[Posting], *, shard: int
 ) -> None:
     """Move what turns of one incarnation cost: from the wallets, whose leases settle it, to earnings and fee.
 
-    `from_loss`: the platform's loss pays instead, as the leases were given up. Ledger accounts are opened as needed.
-    A posting that was posted before, or has no room in its lease, raises asyncpg.IntegrityConstraintViolationError
+    Ledger accounts are opened as needed. A posting that was posted before, or has no room in its lease, raises asyncpg.IntegrityConstraintViolationError
     and nothing of the batch is done. The incarnation's row is the caller's to lock first.
     """
     if not postings:
         return
     ids = [posting.posting_id for posting in postings]
     await connection.execute(
-        "select post_turns($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        "select post_turns($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         incarnation_id,
         ids,
         *([UUID(int=id_.int ^ leg) for id_ in ids] for leg in _LEGS),
         *([getattr(posting, name) for posting in postings] for name in _COLUMNS),
-        from_loss,
         shard,
     )
 

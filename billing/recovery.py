@@ -44,7 +44,7 @@ class Recovered:
     turns: int = 0  # new ones: the others were in the book
     quarantined: int = 0
     amount_nano: int = 0  # charged to wallets
-    lost_nano: int = 0  # paid by the platform: its leases had been given up
+    lost_nano: int = 0  # paid by the platform: its leases had been given up, or a hold was exceeded
     accounts: dict[int, int] = field(default_factory=dict)  # what each wallet was charged
 
     def add(self, batch: Batch, shipped: Shipped) -> None:
@@ -52,12 +52,10 @@ class Recovered:
         self.records += len(batch.payloads)
         self.turns += shipped.turns
         self.quarantined += shipped.is_quarantined
-        if shipped.place.is_live:
-            self.amount_nano += shipped.amount_nano
-            for account_id, amount_nano in shipped.charged:
-                self.accounts[account_id] = self.accounts.get(account_id, 0) + amount_nano
-        else:
-            self.lost_nano += shipped.amount_nano
+        self.amount_nano += shipped.amount_nano
+        self.lost_nano += shipped.loss_nano
+        for account_id, amount_nano in shipped.charged:
+            self.accounts[account_id] = self.accounts.get(account_id, 0) + amount_nano
 
 
 class ProcessLives(RuntimeError):

@@ -32,12 +32,14 @@ where id = $1
 """
 
 # Element n + 1 of a record's list is its field n (billing/records.py).
-_FIELDS = ",\n        ".join(
-    f"to_timestamp((r ->> {n})::float8) as {name}"
-    if name == "started_at"
-    else f"(r ->> {n})::{kind} as {name}"
-    for n, (name, kind) in enumerate(COLUMNS.items(), 1)
-)
+_AT = {name: f"(r ->> {n})" for n, name in enumerate(COLUMNS, 1)}
+_READ = {name: f"{_AT[name]}::{kind}" for name, kind in COLUMNS.items()} | {
+    "started_at": f"to_timestamp({_AT['started_at']}::float8)",
+    # $4: whether its leases still pay. If not, they went back to the wallets, and the platform pays.
+    "amount_nano": f"case when $4 then {_AT['amount_nano']}::bigint else 0 end",
+    "loss_nano": f"{_AT['loss_nano']}::bigint + case when $4 then 0 else {_AT['amount_nano']}::bigint end",
+}
+_FIELDS = ",\n        ".join(f"{read} as {name}" for name, read in _READ.items())
 _BUDGETS = len(COLUMNS) + 1
 _KEY = len(COLUMNS) + 2
 
@@ -84,7 +86,7 @@ from (select distinct on (turn_id) turn_id, amount_nano, budgets from sent
 join fresh using (turn_id) cross join lateral jsonb_array_elements(s.budgets) as b group by 2, 5
 union all
 select 'claim', account_id, null, turn_id, null, idempotency_key, null, null, null
-from sent where idempotency_key is not null and (amount_nano > 0 or status = 200)
+from sent where idempotency_key is not null and (amount_nano + loss_nano > 0 or status = 200)
 union all
 select 'old', null, null, null, null, null, count(*), null, null
 from sent where started_at < {OLDEST_SHIPPED.format(days="$3")} having count(*) > 0
@@ -178,7 +180,7 @@ async def ship(
     if not all(payload.startswith(OF_VERSION) for payload in batch.payloads):
         raise ValueError("a record that this version of poolgate can't read")
     text = (b"[" + b",".join(batch.payloads) + b"]").decode()
-    rows = await connection.fetch(INSERT, text, str(uuid7()), settings.usage_retention_days)
+    rows = await connection.fetch(INSERT, text, str(uuid7()), settings.usage_retention_days, place.is_live)
     kinds: dict[str, list[asyncpg.Record]] = {
         "turns": [],
         "rollups": [],
@@ -195,8 +197,8 @@ async def ship(
     turns = kinds["turns"]
     postings = _postings(turns, settings)
     if postings:
-        await post_turns(connection, incarnation_id, postings, from_loss=not place.is_live, shard=shard)
-    if kinds["budget"] and place.is_live:  # a budget's leases are given up with those of the wallet
+        await post_turns(connection, incarnation_id, postings, shard=shard)
+    if kinds["budget"]:
         charges = [(row["id"], row["at"], row["amount_nano"]) for row in kinds["budget"]]
         await post_budgets(connection, incarnation_id, charges)
     for row in kinds["rollups"]:
@@ -211,7 +213,9 @@ async def ship(
         turns=sum(row["turns"] for row in turns),
         amount_nano=sum(row["amount_nano"] for row in turns),
         loss_nano=sum(row["loss_nano"] for row in turns),
-        charged=tuple((posting.account_id, posting.amount_nano) for posting in postings),
+        charged=tuple(
+            (posting.account_id, posting.amount_nano) for posting in postings if posting.amount_nano
+        ),
     )
 
 

@@ -86,7 +86,6 @@ async def use(
     *,
     provider_id: int | None = None,
     started_at: dt.datetime = TODAY,
-    from_loss: bool = False,
 ) -> UUID:
     """Turns of these amounts in the usage table and its rollups, and their posting, which is returned."""
     posting_id, total = uuid7(), sum(amounts)
@@ -111,5 +110,5 @@ async def use(
                 account_id, since, len(amounts), 10 * len(amounts), 5 * len(amounts), total,
             )  # fmt: skip
         posting = Posting(posting_id, account_id, provider_id, total, share)
-        await post_turns(connection, incarnation_id, [posting], from_loss=from_loss, shard=0)
+        await post_turns(connection, incarnation_id, [posting], shard=0)
     return posting_id

@@ -182,7 +182,7 @@ CHECKS = (
         group by 1
         having count(distinct t.debit_id) > 1 or count(distinct t.incarnation_id) <> 1
             or count(*) filter (where c.kind = 'earnings') > 1 or count(*) filter (where c.kind = 'fee') > 1
-            or bool_or(c.kind not in ('earnings', 'fee') or d.kind not in ('wallet', 'loss') or t.phase <> 'posted'
+            or bool_or(c.kind not in ('earnings', 'fee') or d.kind <> 'wallet' or t.phase <> 'posted'
                 or t.amount_nano <= 0)""",
     ),
     Check(

@@ -137,8 +137,7 @@ $$;
 -- a posting is. The transfers' ids follow from the posting's, so a posting that comes again is refused.
 create function post_turns(
     incarnation uuid, posting_ids uuid[], fee_ids uuid[], share_ids uuid[], loss_ids uuid[], accounts bigint[],
-    providers bigint[], amounts bigint[], shares bigint[], loss_shares bigint[], from_loss boolean,
-    platform_shard smallint
+    providers bigint[], amounts bigint[], shares bigint[], loss_shares bigint[], platform_shard smallint
 ) returns void language plpgsql as $$
 declare
     platform   bigint[] := open_ledger_accounts(
@@ -147,14 +146,13 @@ declare
     fee        bigint := platform[1];
     loss       bigint := platform[2];
     n          integer := cardinality(posting_ids);
-    payers     bigint[] := array_fill(loss, array[n]);
+    payers     bigint[] := open_ledger_accounts(
+        array_fill('wallet'::text, array[n]), accounts, array_fill(0::smallint, array[n])
+    );
     earnings   bigint[] := array_fill(null::bigint, array[n]);
     opened     bigint[];
     leases     bigint;
 begin
-    if not from_loss then
-        payers := open_ledger_accounts(array_fill('wallet'::text, array[n]), accounts, array_fill(0::smallint, array[n]));
-    end if;
     -- Few providers, many postings: each is looked up once.
     select array_agg(p) into opened from (select distinct unnest(providers)) as d (p) where p is not null;
     if opened is not null then
@@ -170,11 +168,9 @@ begin
     end if;
 
     perform id from ledger_accounts where id = any (payers || earnings || platform) order by id for no key update;
-    if not from_loss then
-        perform account_id from spend_leases
-            where incarnation_id = incarnation and account_id = any (accounts)
-            order by account_id for no key update;
-    end if;
+    perform account_id from spend_leases
+        where incarnation_id = incarnation and account_id = any (accounts)
+        order by account_id for no key update;
 
     update ledger_accounts l set
         debit_nano = l.debit_nano + d.debit, credit_nano = l.credit_nano + d.credit,
@@ -182,8 +178,7 @@ begin
     from (
         select id, sum(debit)::bigint as debit, sum(credit)::bigint as credit, sum(leased)::bigint as leased
         from (
-            select id, amount, 0, case when from_loss then 0 else amount end
-                from unnest(payers, amounts) as w (id, amount)
+            select id, amount, 0, amount from unnest(payers, amounts) as w (id, amount)
             union all
             select id, 0, share + loss_share, 0 from unnest(earnings, shares, loss_shares) as w (id, share, loss_share)
             union all
@@ -195,36 +190,32 @@ begin
     ) as d
     where l.id = d.id and (d.debit, d.credit) <> (0, 0);
 
-    if not from_loss then
-        with due as (
-            select account_id, sum(amount)::bigint as amount
-            from unnest(accounts, amounts) as w (account_id, amount) where amount > 0 group by account_id
-        ), settled as (
-            -- Settled turns were held when their process last reported: what it said is kept within what is left.
-            update spend_leases s set
-                settled_nano = s.settled_nano + due.amount,
-                free_nano = greatest(0, least(s.free_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount)),
-                held_nano = greatest(0, least(
-                    s.held_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount - s.free_nano
-                ))
-            from due where s.incarnation_id = incarnation and s.account_id = due.account_id
-            returning 1
-        )
-        select (select count(*) from due) - (select count(*) from settled) into leases;
-        if leases > 0 then
-            raise exception 'incarnation % has no lease of % of these accounts', incarnation, leases
-                using errcode = 'foreign_key_violation';
-        end if;
+    with due as (
+        select account_id, sum(amount)::bigint as amount
+        from unnest(accounts, amounts) as w (account_id, amount) where amount > 0 group by account_id
+    ), settled as (
+        -- Settled turns were held when their process last reported: what it said is kept within what is left.
+        update spend_leases s set
+            settled_nano = s.settled_nano + due.amount,
+            free_nano = greatest(0, least(s.free_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount)),
+            held_nano = greatest(0, least(
+                s.held_nano, s.granted_nano - s.settled_nano - s.returned_nano - due.amount - s.free_nano
+            ))
+        from due where s.incarnation_id = incarnation and s.account_id = due.account_id
+        returning 1
+    )
+    select (select count(*) from due) - (select count(*) from settled) into leases;
+    if leases > 0 then
+        raise exception 'incarnation % has no lease of % of these accounts', incarnation, leases
+            using errcode = 'foreign_key_violation';
     end if;
 
     insert into transfers (id, debit_id, credit_id, amount_nano, kind, posting_id, incarnation_id, cause)
-        select share_id, payer, earned, share, case when from_loss then 'loss' else 'turn' end, posting, incarnation,
-            case when from_loss then 'turns of an abandoned process' else 'turns' end
+        select share_id, payer, earned, share, 'turn', posting, incarnation, 'turns'
         from unnest(share_ids, payers, earnings, shares, posting_ids) as w (share_id, payer, earned, share, posting)
         where share > 0
         union all
-        select fee_id, payer, fee, amount - share, case when from_loss then 'loss' else 'turn' end, posting, incarnation,
-            case when from_loss then 'turns of an abandoned process' else 'turns' end
+        select fee_id, payer, fee, amount - share, 'turn', posting, incarnation, 'turns'
         from unnest(fee_ids, payers, amounts, shares, posting_ids) as w (fee_id, payer, amount, share, posting)
         where amount > share
         union all

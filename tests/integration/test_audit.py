@@ -32,8 +32,6 @@ async def built(pool: asyncpg.Pool) -> None:
                 await books.use(pool, process, renter, [7 * n + 13, 100 + n, 1], provider_id=rack)
     await books.use(pool, other, renters[0], [55, 5], started_at=TODAY - dt.timedelta(days=1))
     await close(pool, closed)
-    abandoned = await books.incarnation(pool, "abandoned")
-    await books.use(pool, abandoned, renters[0], [500, 3], provider_id=racks[0], from_loss=True)
     pendings = [
         spending(renters[0], 900 + n, phase="pending", expires_at=FUTURE if n % 2 else None) for n in range(4)
     ]
@@ -118,7 +116,12 @@ async def a_doubled_posting_is_in_the_balances_too(connection: Connection, rng: 
 
 
 async def an_amount_is_off_by_one(connection: Connection, rng: random.Random) -> str:
-    row = await some(connection, rng, "select id from transfers where amount_nano > 1 order by id")
+    # What a pending transfer was, once it is resolved, moves nothing any more.
+    row = await some(
+        connection, rng,
+        "select id from transfers t where amount_nano > 1 and phase in ('posted', 'post', 'pending')"
+        " and not exists (select from transfers r where r.pending_id = t.id) order by at, id",
+    )  # fmt: skip
     return await connection.execute(
         "update transfers set amount_nano = amount_nano + $2 where id = $1", row["id"], rng.choice([-1, 1])
     )

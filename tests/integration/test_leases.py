@@ -68,7 +68,7 @@ class Process:
             if amount
         ]
         async with self.pool.acquire() as connection, connection.transaction():
-            await post_turns(connection, self.incarnation.id, postings, from_loss=False, shard=0)
+            await post_turns(connection, self.incarnation.id, postings, shard=0)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -276,8 +276,9 @@ async def test_turns_of_an_incarnation_that_was_given_up_are_paid_by_the_platfor
     await shipper.ship_all()
     assert shipper.is_abandoned
     assert await balances(pool) == [999_900, 1_000_000, 1_000_000]
-    assert await of_platform(pool, "loss") == -200
+    assert await of_platform(pool, "loss") == -150, "the provider's share; a fee to itself it does not pay"
     assert await of_platform(pool, "earnings") == 225
+    assert await pool.fetchval("select sum(amount_nano) from usage_days") == 100, "nobody spent the rest"
     assert await turns(pool) == 3
     assert actions(caplog) == ["incarnation_abandoned"]
     assert await pool.fetchval("select sum(leased_nano) from ledger_accounts") == 0

@@ -205,7 +205,7 @@ class LeaseModel(RuleBasedStateMachine):
             await connection.execute(
                 "select 1 from incarnations where id = $1 for no key update", life.incarnation.id
             )
-            await post_turns(connection, life.incarnation.id, postings, from_loss=False, shard=0)
+            await post_turns(connection, life.incarnation.id, postings, shard=0)
             await post_budgets(connection, life.incarnation.id, budgets)
         for charge in batch:
             self.posted[charge.account] += charge.amount
