@@ -115,7 +115,7 @@ class Completion:
                 logprobs,
                 finish,
                 stop_reason,
-                continuous_usage(self.ask, stop),
+                continuous_usage(self.ask, stop, self.ask.prompt_counts[self._place(choice)]),
                 print_,
             )
         )
@@ -138,7 +138,11 @@ class Completion:
         }
 
     def _prompt(self, choice: int) -> str:
-        return self.ask.prompts[choice * len(self.ask.prompts) // len(self.ask.answers)]
+        return self.ask.prompts[self._place(choice)]
+
+    def _place(self, choice: int) -> int:
+        """Which prompt a choice answers."""
+        return choice * len(self.ask.prompts) // len(self.ask.answers)
 
     def _prompt_ids(self) -> list[int]:
         prompt = self.ask.body["prompt"]

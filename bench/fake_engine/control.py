@@ -47,6 +47,21 @@ def show_record(engine: "Engine", client: "Connection", request: "Request") -> N
     client.answer(200, orjson.dumps({**counts, "requests": engine.record.rows()}))
 
 
+def go_on(engine: "Engine", client: "Connection", request: "Request") -> None:
+    """In lockstep: `events` (1) more of the stream of `request_id`, or of every one. Answers how many were told."""
+    asked = orjson.loads(request.body or b"{}")
+    name, events = asked.get("request_id"), int(asked.get("events", 1))
+    told = [
+        turn
+        for turn in [*engine.running, *engine.waiting]
+        if turn.is_in_lockstep
+        and (name is None or (turn.entry is not None and turn.entry.request_id == name))
+    ]
+    for turn in told:
+        turn.go_on(events)
+    client.answer(200, orjson.dumps({"told": len(told)}))
+
+
 def reset(engine: "Engine", client: "Connection", request: "Request") -> None:
     engine.reset()
     client.answer(200, b'{"success":true}')

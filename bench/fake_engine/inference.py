@@ -157,6 +157,7 @@ def _understand(engine: "Engine", request: "Request", required: str, prefix: str
         details=config.prompt_tokens_details,
         metrics=config.per_request_metrics,
         prompts=[prompt if isinstance(prompt, str) else "" for prompt in given],
+        prompt_counts=counts,
     )
 
 

@@ -70,6 +70,7 @@ class Knobs:
     merge: int = 1  # tokens a chunk
     textless_every: int = 0  # every k-th token has no text: usage counts it, no chunk shows it
     # How fast.
+    lockstep: int | None = None  # a stream writes so many events, then one for each POST /_fake/go; no pace
     ttft_ms: float = 0.0
     ttft_per_1k_ms: float = 0.0  # for each 1,000 prompt tokens that the prefix cache does not hold
     pace_ms: float = 0.0
@@ -94,6 +95,7 @@ class Knobs:
     replay_times: int | None = None
     replay_split: Literal["whole", "chunk"] = "whole"
     record_bodies: bool = False
+    record_events: bool = False
 
     def turn(self, changes: Mapping[str, Any]) -> None:
         """Apply changes by name; unknown names and wrong types of plain knobs raise ValueError."""

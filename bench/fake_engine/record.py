@@ -37,6 +37,7 @@ class Entry:
     aborted: bool = False
     how: str | None = None
     serial: int = 0  # the how-manieth of its process
+    events: list[str] = field(default_factory=list)  # of a stream, as written; with the knob record_events
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ _ALWAYS: dict[str, dict[str, Handler]] = {
     "/v1/unload_lora_adapter": {"POST": management.unload_adapter},
     "/_fake/knobs": {"GET": control.show_knobs, "POST": control.turn_knobs},
     "/_fake/record": {"GET": control.show_record},
+    "/_fake/go": {"POST": control.go_on},
     "/_fake/reset": {"POST": control.reset},
 }
 _GENERATE: dict[str, dict[str, Handler]] = {

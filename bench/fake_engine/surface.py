@@ -29,6 +29,7 @@ class Ask:
     details: bool = False
     metrics: bool = False
     prompts: list[str] = field(default_factory=list)
+    prompt_counts: list[int] = field(default_factory=list)  # tokens of each
 
     @property
     def include_usage(self) -> bool:
@@ -81,10 +82,12 @@ def brief_usage(prompt: int, completion: int) -> bytes:
     )
 
 
-def continuous_usage(ask: Ask, completion: int) -> bytes:
+def continuous_usage(ask: Ask, completion: int, prompt: int | None = None) -> bytes:
+    """What each event counts: its own choice, and the prompt (of several: `prompt`, its choice's own)."""
     if not ask.continuous:
         return b""
-    return b',%b,"completion_tokens_details":null}' % brief_usage(ask.prompt_tokens, completion)
+    counted = ask.prompt_tokens if prompt is None else prompt
+    return b',%b,"completion_tokens_details":null}' % brief_usage(counted, completion)
 
 
 def stream_usage(ask: Ask, completion: int) -> bytes:

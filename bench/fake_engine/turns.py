@@ -5,6 +5,7 @@ engine's does. How a turn fails on purpose is in `breakage`; the JSON is the sur
 """
 
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from bench.fake_engine import breakage
@@ -55,7 +56,14 @@ class Turn:
         self._is_open = False
         self._is_broken = False
         self._due = 0.0
+        self._allowed = engine.knobs.lockstep
+        self._steps = self._stepwise()
         self._limit = breakage.limit(fault, self.total) if ask.stream else self.total
+
+    @property
+    def is_in_lockstep(self) -> bool:
+        """It writes an event only when it was told to."""
+        return self._allowed is not None
 
     @property
     def tokens_held(self) -> int:
@@ -107,6 +115,9 @@ class Turn:
         """Write the tokens that were produced, as long as the client reads."""
         if self.is_over or self._is_broken or not self.ask.stream or not self.produced:
             return
+        if self._allowed is not None:
+            self.go_on(0)
+            return
         events: list[bytes] = []
         if not self._is_open:
             self._is_open = True
@@ -124,6 +135,13 @@ class Turn:
                 return
             if self.written >= self.produced or self._group_end() > self.produced:
                 return
+
+    def go_on(self, events: int) -> None:
+        """In lockstep: write so many more events."""
+        self._allowed = (self._allowed or 0) + events
+        while self._allowed and self.produced and not self.is_over and not self._is_broken:
+            self._allowed -= 1
+            next(self._steps)
 
     def client_left(self) -> None:
         """The connection is gone: stop, as vLLM aborts a request whose client closed."""
@@ -196,6 +214,27 @@ class Turn:
             self._due += gap_ms / 1000
         self.engine.generation_tokens += self._count(self.produced) - before
 
+    def _stepwise(self) -> Iterator[None]:
+        """What `flush` writes, an event for each step. The fault that cuts the stream, or its end, is the last one."""
+        self._is_open = True
+        for event in self.surface.opening():
+            self._send([event])
+            yield
+        while self.written < self._limit:
+            events: list[bytes] = []
+            start, self.written = self.written, self._group_end()
+            for index, answer in enumerate(self.ask.answers):
+                self._tokens(events, index, start, self.written, len(answer.pieces))
+            for event in events:
+                self._send([event])
+                yield
+        if self.fault is not None and breakage.is_due(self.fault):
+            self._is_broken = True
+            breakage.midway(self, self.fault)
+        else:
+            self._end_stream("finished")
+        yield
+
     def _collect(self, events: list[bytes]) -> None:
         answers = self.ask.answers
         end = min(self.written + SLICE_TOKENS, self.produced, self._limit)
@@ -222,6 +261,8 @@ class Turn:
     def _send(self, events: list[bytes]) -> None:
         if not events:
             return
+        if self.entry is not None and self.engine.knobs.record_events:
+            self.entry.events += [event.decode() for event in events]
         if self.fault is not None and self.fault.kind == "drip":
             self.client.write(b"".join([b"1\r\n%c\r\n" % byte for event in events for byte in event]))
         else:
