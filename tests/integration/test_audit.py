@@ -3,8 +3,11 @@
 import asyncio
 import datetime as dt
 import json
+import os
 import random
+import shutil
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -12,9 +15,13 @@ import pytest
 
 from billing import audit
 from config.defaults import Settings
+from config.embedded import EmbeddedStores
+from config.postgres import SQL_FOLDERS, migrate, open_pool
 from gateway.__main__ import main
+from gateway.identity.accounts import AccountStore
 from tests import books
 from tests.books import TODAY, apply, resolving, spending
+from tests.conftest import database_named
 
 FUTURE = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
 SEEDS = 8
@@ -331,6 +338,39 @@ async def test_usage_past_its_retention_is_not_missed(pool: asyncpg.Pool, settin
     }  # fmt: skip
 
 
+async def test_a_book_that_was_opened_over_older_balances_is_clean(
+    stores: EmbeddedStores, settings: Settings, tmp_path: Path
+) -> None:
+    for path in (path for folder in SQL_FOLDERS for path in folder.glob("000[1-4]_*.sql")):
+        shutil.copy(path, tmp_path)
+    name = f"before_the_ledger_{os.getpid()}"
+    url = database_named(stores.database_url, name)
+    await administer(stores.database_url, f"create database {name}")
+    try:
+        await migrate(url, folders=(tmp_path,))
+        await administer(
+            url,
+            "insert into accounts (name, balance_nano) values ('rich', 1000), ('over', -5), ('new', 0);"
+            "insert into usage select gen_random_uuid(), 1, 1, now(), 's', 'm', null, null, false, 'finished', 200, 10, 0, 5,"
+            " false, null, 1, n * 10, 'p' from generate_series(0, 3) n",
+        )
+        await migrate(url)
+        async with await open_pool(url, max_size=2, timeout_s=10) as pool:
+            assert [f.rows for f in await audit.run(pool, settings) if f.count] == []
+            shown = [(a.balance_nano, a.spent_nano, a.turns) for a in await AccountStore(pool).list()]
+            assert shown == [(1000, 60, 4), (0, 0, 0), (0, 0, 0)]
+    finally:
+        await administer(stores.database_url, f"drop database {name} with (force)")
+
+
+async def administer(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
 async def test_many_rows_are_counted_and_the_first_shown(pool: asyncpg.Pool, settings: Settings) -> None:
     await pool.execute(
         "insert into usage_quarantine (turn_id, reason, record) select n, 'r', '{}' from generate_series(1, 50) n"
@@ -375,11 +415,4 @@ def test_the_command_tells_what_is_broken_and_how_to_go_on(
 
 
 def execute(settings: Settings, statement: str) -> None:
-    async def go() -> None:
-        connection = await asyncpg.connect(settings.database_url)
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(go())
+    asyncio.run(administer(settings.database_url, statement))
