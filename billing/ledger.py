@@ -179,8 +179,9 @@ async def post_turns(
 ) -> None:
     """Move what turns of one incarnation cost: from the wallets, whose leases settle it, to earnings and fee.
 
-    Ledger accounts are opened as needed. A posting that was posted before, or has no room in its lease, raises asyncpg.IntegrityConstraintViolationError
-    and nothing of the batch is done. The incarnation's row is the caller's to lock first.
+    Ledger accounts are opened as needed. A posting that was posted before, or has no room in its lease, raises
+    asyncpg.IntegrityConstraintViolationError and nothing of the batch is done. The incarnation's row is the caller's to
+    lock first.
     """
     if not postings:
         return

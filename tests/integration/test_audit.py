@@ -351,8 +351,8 @@ async def test_a_book_that_was_opened_over_older_balances_is_clean(
         await administer(
             url,
             "insert into accounts (name, balance_nano) values ('rich', 1000), ('over', -5), ('new', 0);"
-            "insert into usage select gen_random_uuid(), 1, 1, now(), 's', 'm', null, null, false, 'finished', 200, 10, 0, 5,"
-            " false, null, 1, n * 10, 'p' from generate_series(0, 3) n",
+            "insert into usage select gen_random_uuid(), 1, 1, now(), 's', 'm', null, null, false, 'finished', 200,"
+            " 10, 0, 5, false, null, 1, n * 10, 'p' from generate_series(0, 3) n",
         )
         await migrate(url)
         async with await open_pool(url, max_size=2, timeout_s=10) as pool:

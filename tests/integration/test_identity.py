@@ -108,9 +108,7 @@ async def test_balance_held_and_spent_add_up_while_a_process_has_part_of_the_wal
     incarnation = await leased(pool, account.id, granted=400, free=150, held=100)
     shown = await accounts.show(account.id)
     assert (shown.balance_nano, shown.held_nano, shown.spent_nano) == (600 + 150, 100, 150)
-    await post_turns(
-        pool, incarnation, [Posting(uuid7(), account.id, None, 150, 0)], shard=0
-    )
+    await post_turns(pool, incarnation, [Posting(uuid7(), account.id, None, 150, 0)], shard=0)
     await pool.execute(
         "insert into usage_days values ($1, '2026-03-01', 1, 'm', 2, 10, 0, 5, 150)", account.id
     )
