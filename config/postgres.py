@@ -52,11 +52,13 @@ class Migration:
     checksum: str
 
 
-async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Pool:
+async def open_pool(url: str, *, max_size: int, timeout_s: float, resets: bool = True) -> asyncpg.Pool:
     """A pool whose statements end after `timeout_s`, in the server and in the client; connecting does, too.
 
     Nothing connects yet: where the server can't be reached, the first statement raises OSError, TimeoutError or
-    asyncpg.PostgresError.
+    asyncpg.PostgresError. Without `resets` a connection that comes back is not cleared of what was set in its session: its
+    users set nothing and lock nothing beyond a transaction, and each use costs one round trip less. An open transaction is
+    rolled back all the same.
     """
     return await asyncpg.create_pool(
         url,
@@ -65,6 +67,7 @@ async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Poo
         timeout=timeout_s,
         command_timeout=timeout_s + _CLIENT_PATIENCE_S,
         max_inactive_connection_lifetime=_IDLE_LIFETIME_S,
+        reset=None if resets else _as_it_is,
         server_settings={
             "application_name": APPLICATION_NAME,
             "statement_timeout": str(max(1, round(timeout_s * 1000))),
@@ -72,6 +75,10 @@ async def open_pool(url: str, *, max_size: int, timeout_s: float) -> asyncpg.Poo
             "idle_in_transaction_session_timeout": str(max(1, round(timeout_s * 2000))),
         },
     )
+
+
+async def _as_it_is(_: object) -> None:
+    """In the place of asyncpg's reset."""
 
 
 async def migrate(

@@ -85,8 +85,9 @@ class Gateway:
         worker = f"{socket.gethostname()}-{os.getpid()}"
         self.metrics = Metrics()
         self._pool = await open_pool(
-            settings.database_url, max_size=settings.database_pool_max, timeout_s=settings.database_timeout_s
-        )
+            settings.database_url, max_size=settings.database_pool_max, timeout_s=settings.database_timeout_s,
+            resets=False,
+        )  # fmt: skip
         # A connection of its own for each: they must not wait behind a flood of keys or heartbeats.
         self._watch_pool = await open_pool(
             settings.database_url, max_size=WATCHERS, timeout_s=settings.database_timeout_s
