@@ -46,7 +46,7 @@ browser: ## install Debian's chromium with apt-get (as root); skipped when it is
 browser-test: install-test browser ## run the tests of pages in a real browser (installs it first)
 	@exec $(py) -m pytest -m browser tests/browser $(ARGS)
 
-soak: install-test ## run the long forms of the tests and write docs/soak.md (about 7 minutes)
+soak: install-test ## run the long forms of the tests and write docs/soak.md (about 25 minutes)
 	@exec $(py) -m tests.soak $(ARGS)
 
 lint: install-test ## ruff (rules and format) and mypy --strict

@@ -7,6 +7,7 @@ is the oracle's (tests/simulation/oracle.py).
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -202,15 +203,21 @@ class Client(asyncio.Protocol):
 
 
 class Clients:
-    """Kept connections to one gateway: each request takes one that is idle, or a new one."""
+    """Kept connections to one gateway: each request takes the one that was idle longest, or a new one."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._idle: list[Client] = []
+        self._idle: deque[Client] = deque()
         self.sightings: list[Sighting] = []
 
+    async def open(self, count: int) -> None:
+        """So many beforehand: taken in turns, they keep every worker as busy as it has a part of them."""
+        made = [Client(self._port) for _ in range(count)]
+        await asyncio.gather(*(client.connect() for client in made))
+        self._idle.extend(made)
+
     async def ask(self, ask: Ask, give_up_s: float = GIVE_UP_S) -> Sighting:
-        client = self._idle.pop() if self._idle else Client(self._port)
+        client = self._idle.popleft() if self._idle else Client(self._port)
         sighting = await client.ask(ask, give_up_s)
         self.sightings.append(sighting)
         self._idle.append(client)

@@ -29,6 +29,9 @@ CHEAP_PROMPTS = {MODEL: Prices(prompt=1_000_000, cached=500_000, completion=40_0
 
 RICH_NANO = 10**15
 TOKENS = 8
+CONNECTIONS = 60
+"""While a store is away: enough that both workers have a steady part of the load, as a balancer gives them."""
+
 IN_FLIGHT_MAX = 2_000
 """Requests of the load at once: past it the machine is too slow for the rate, and the soak says so."""
 
@@ -144,6 +147,7 @@ async def _away(
             world.sightings.append(await client.ask(world.ask(customer, max_tokens=TOKENS)))
         client.close()
     clients = world.clients(gateway)
+    await clients.open(CONNECTIONS)
     async with Load(world, clients, warm, size.rate):
         await asyncio.sleep(size.before_s)
         gone_at = len(world.sightings)
