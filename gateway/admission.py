@@ -3,6 +3,7 @@
 What it sets aside, a part of the limits and a hold of the wallet, is the turn's until its settlement gives back the rest.
 """
 
+import random
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from gateway.errors import ApiError, BadRequest, InsufficientQuota, ModelNotFoun
 from gateway.identity.keyring import Principal
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
+from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine
 
 CLAMPED = "x-poolgate-max-tokens"
@@ -76,6 +78,7 @@ class Admission:
         self._leases = leases
         self._is_full = is_full
         self._count_prompt = count_prompt
+        self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
@@ -141,11 +144,11 @@ class Admission:
         """A hold that memory did not have: of a refilled lease, of a prompt counted exactly, or a smaller one."""
         try:
             try:
-                return await self._leased(ask, principal, funding)
+                return await self._leased(ask, principal, funding, engines)
             except (InsufficientFunds, BudgetExceeded):
-                if not await self._is_shorter(ask, funding, engines):
+                if not await self._is_shorter(ask, funding):
                     raise
-                return await self._leased(ask, principal, funding)
+                return await self._leased(ask, principal, funding, engines)
         except InsufficientFunds:
             raise InsufficientQuota from None
         except BudgetExceeded as error:
@@ -153,26 +156,42 @@ class Admission:
         except BillingUnavailable:
             raise errors.BillingUnavailable(retry_after_s=BILLING_RETRY_AFTER_S) from None
 
-    async def _leased(self, ask: Ask, principal: Principal, funding: Funding) -> Hold:
+    async def _leased(
+        self, ask: Ask, principal: Principal, funding: Funding, engines: tuple[Engine, ...]
+    ) -> Hold:
         """A hold of the amount; less is of use to a request that names no token limit, which is then given one."""
         price, bound, percent = funding.price, funding.bound, funding.percent
-        may_clamp = not bound.is_limited and ask.limit_field is not None
-        least = least_nano(price, bound, self._settings.clamp_tokens_min, percent) if may_clamp else None
+        least = None
+        if not bound.is_limited and ask.limit_field is not None:
+            # An engine refuses a limit below the least that the request wants.
+            tokens_min = max(self._settings.clamp_tokens_min, ask.body.get("min_tokens", 0))
+            least = least_nano(price, bound, tokens_min, percent)
         amount_nano = funding.amount_nano
         hold = await self._leases.hold(principal.account_id, amount_nano, principal.budgets, least_nano=least)
         if hold.amount_nano < amount_nano:
             assert ask.limit_field is not None
             tokens = clamped_tokens(price, bound.prompt_tokens, bound.choices, hold.amount_nano, percent)
+            # ... and one above its own context, which it would have kept to by itself.
+            contexts = [engine.models[ask.body["model"]].context_length for engine in engines]
+            tokens = min([tokens, *filter(None, contexts)])
             ask.body[ask.limit_field] = tokens
             funding.bound = replace(bound, output_tokens=tokens, is_limited=True)
             funding.headers[CLAMPED] = str(tokens)
         return hold
 
-    async def _is_shorter(self, ask: Ask, funding: Funding, engines: tuple[Engine, ...]) -> bool:
+    async def _is_shorter(self, ask: Ask, funding: Funding) -> bool:
         """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than that?"""
-        if not engines or funding.bound.has_media:
+        if funding.bound.has_media:
             return False
-        tokens = await self._count_prompt(ask, engines[0])
+        settings, need = self._settings, Need(ask.body["model"], ask.kind, 0, ask.provider_id)
+        try:  # one that may get the turn: nobody else sees its prompt
+            choice = choose(
+                self._registry.snapshot, need, sample=settings.choice_sample,
+                turns_max=settings.engine_turns_max, rng=self._rng,
+            )  # fmt: skip
+        except NoEngine:
+            return False
+        tokens = await self._count_prompt(ask, choice.engine)
         if tokens is None or tokens >= funding.bound.prompt_tokens:
             return False
         funding.bound = replace(funding.bound, prompt_tokens=tokens)

@@ -14,6 +14,8 @@ from gateway.admission import CLAMPED
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
+from gateway.turn import Ask
+from nodes.routing.snapshot import Engine
 from tests.gateways import MODEL, TestGateway, running_gateway
 from tests.waiting import eventually
 
@@ -52,6 +54,44 @@ async def test_a_large_ceiling_does_not_block_a_small_wallet_the_limit_is_clampe
     assert 500 < clamp < 2_500
     assert body["usage"]["completion_tokens"] == clamp
     assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_clamped_limit_is_none_that_an_engine_refuses(gw, engine):
+    """The context of the largest engine makes the bound, and the smallest one may get the turn."""
+    await gw.register(engine.url, context_length=2_048)  # as it is
+    await gw.register("http://127.0.0.1:9", context_length=1_000_000)
+    await poor(gw, 1_000_000)  # buys 25,000 output tokens of the 1,000,000
+    status, headers, body = await say(gw)
+    assert (status, headers[CLAMPED]) == (200, "2048"), body
+
+
+async def test_a_limit_is_not_clamped_below_the_least_that_is_wanted(gw, engine):
+    await gw.register(engine.url)
+    await poor(gw, 100_000)
+    assert (await say(gw, min_tokens=2_400))[0] == 402
+    assert not await engine.requests()
+    status, headers, _ = await say(gw, min_tokens=1_500)  # half of the wallet would buy less
+    assert status == 200
+    assert int(headers[CLAMPED]) >= 1_500
+
+
+async def test_only_an_engine_that_may_get_the_turn_counts_its_prompt(gw, engine):
+    theirs = await AccountStore(gw.pool).create("theirs", is_provider=True)
+    await gw.register("http://127.0.0.1:9", account_id=theirs.id)
+    await gw.register(engine.url)
+    admission, asked = gw.gateway.lifecycle._admission, []
+    count_prompt = admission._count_prompt
+
+    async def noted(ask: Ask, by: Engine) -> int | None:
+        asked.append(by.account_id)
+        return await count_prompt(ask, by)
+
+    admission._count_prompt = noted
+    await poor(gw, 60_000)
+    long = [{"role": "user", "content": "many words " * 400}]
+    assert (await say(gw, messages=long, max_tokens=8, provider_id=gw.account_id))[0] == 200
+    assert (await say(gw, messages=long, max_tokens=8, provider_id=theirs.id))[0] == 402
+    assert asked == [gw.account_id, theirs.id]
 
 
 async def test_a_wallet_that_buys_next_to_nothing_is_402_in_openai_s_words(gw, engine):
@@ -188,6 +228,8 @@ async def test_postgres_gone_is_503_billing_unavailable_and_never_402(gw, engine
             raise ConnectionRefusedError
 
     monkeypatch.setattr(gw.gateway.money.leases._teller, "_pool", Gone())
-    status, headers, body = await say(gw, max_tokens=20_000)  # most of the wallet: no lease of a part would do
+    status, headers, body = await say(
+        gw, max_tokens=20_000
+    )  # most of the wallet: no lease of a part would do
     assert (status, body["error"]["code"]) == (503, "billing_unavailable")
     assert int(headers["retry-after"]) >= 1
