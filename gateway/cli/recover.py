@@ -62,12 +62,16 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # What was typed is looked at first: stores of a data folder take seconds to start.
+    folders = [] if args.abandon else _folders(Path(args.dir))
+    incarnation_id = _named(args.dir) if args.abandon else None
+
     async def work(pool: asyncpg.Pool, settings: Settings) -> tuple[list[Found], dict[int, str], Settings]:
         done: list[Found]
-        if args.abandon:
-            done = [await _abandon(args.dir, pool, settings)]
+        if incarnation_id is not None:
+            done = [await _abandon(args.dir, incarnation_id, pool, settings)]
         else:
-            done = await _recover(args.dir, pool, settings)
+            done = await _recover(folders, pool, settings)
         return done, await _names(pool, done), settings
 
     done, names, settings = with_database(args, work)
@@ -78,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _recover(place: str, pool: asyncpg.Pool, settings: Settings) -> list[Found]:
-    folders = _folders(Path(place))
+async def _recover(folders: list[Path], pool: asyncpg.Pool, settings: Settings) -> list[Found]:
     done: list[Found] = []
     with _progress() as progress:
         for folder in folders:
@@ -110,11 +113,15 @@ def _folders(place: Path) -> list[Path]:
     return journal_folders(place)
 
 
-async def _abandon(named: str, pool: asyncpg.Pool, settings: Settings) -> Recovered:
+def _named(named: str) -> UUID:
     """`named`: an incarnation's id, or a folder of that name."""
     incarnation_id = _id_of(Path(named).name)
     if incarnation_id is None:
         raise Refused(f"{named!r} names no single process: give its journal's folder, or that folder's name")
+    return incarnation_id
+
+
+async def _abandon(named: str, incarnation_id: UUID, pool: asyncpg.Pool, settings: Settings) -> Recovered:
     folder = Path(named) if Path(named).is_dir() else None  # noqa: ASYNC240 - nothing else runs here
     if folder is None:
         written = await pool.fetchval("select journal from incarnations where id = $1", incarnation_id)
