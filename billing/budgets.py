@@ -27,6 +27,13 @@ AMOUNT_MAX_NANO = 10**18
 """A limit beyond a thousand million of the major unit is none."""
 
 
+WINDOWS_KEPT_DAYS = 92
+"""Windows that ended longer ago are deleted: a quarter's months can be looked up, and an hour's do not pile up for ever."""
+
+WINDOWS_DELETED_MAX = 10_000
+"""Windows deleted in one statement, which thus ends long before its time-out."""
+
+
 class UnknownBudget(LookupError):
     """No budget has that id."""
 
@@ -114,6 +121,19 @@ class BudgetStore:
         await wake_feeds(self._valkey)
 
 
+async def trim_windows(pool: asyncpg.Pool) -> int:
+    """Delete windows that are long over, and with them their leases, in bounded pieces; returns how many.
+
+    One of which something is still leased stays: its process is alive and has not returned it.
+    """
+    deleted = 0
+    while True:
+        piece: int = await pool.fetchval(_TRIM, WINDOWS_KEPT_DAYS, WINDOWS_DELETED_MAX)
+        deleted += piece
+        if piece < WINDOWS_DELETED_MAX:
+            return deleted
+
+
 async def post_budgets(
     connection: Any, incarnation_id: UUID, charges: Sequence[tuple[int, dt.datetime, int]]
 ) -> None:
@@ -192,6 +212,19 @@ from budgets b left join budget_windows w
 _RESET = """
 update budget_windows set forgiven_nano = spent_nano, warned_at = null, exhausted_at = null
 where budget_id = $1 and starts_at <= clock_timestamp() and clock_timestamp() < ends_at
+"""
+
+_TRIM = """
+with gone as (
+    delete from budget_windows where ctid = any (array(
+        select ctid from budget_windows
+        where ends_at < clock_timestamp() - make_interval(days => $1) and leased_nano = 0
+        order by ends_at limit $2 for update skip locked
+    )) returning budget_id, starts_at
+), leases as (
+    delete from budget_leases l using gone where l.budget_id = gone.budget_id and l.starts_at = gone.starts_at
+)
+select count(*) from gone
 """
 
 _LOCK_WINDOWS = """

@@ -219,9 +219,11 @@ order by account_id for no key update
 # what its midnight is taken for. Hours are absolute, in the offset of `now`.
 _OPEN_WINDOWS = """
 insert into budget_windows (budget_id, starts_at, ends_at)
-select b.id, greatest(bounds.starts_at, (select max(ends_at) from budget_windows where budget_id = b.id)),
-    bounds.ends_at
+select b.id, greatest(bounds.starts_at, last.ends_at), bounds.ends_at
 from budgets b join accounts a on a.id = b.account_id
+left join lateral (
+    select ends_at from budget_windows where budget_id = b.id and starts_at <= $2 order by starts_at desc limit 1
+) as last on true
 cross join lateral (
     select timestamptz 'epoch' as starts_at, timestamptz 'infinity' as ends_at where b.period = 'total'
     union all
@@ -240,20 +242,25 @@ cross join lateral (
     ) as candidate
     where candidate.starts_at <= $2 and $2 < candidate.ends_at
 ) as bounds
-where b.id = any($1::bigint[]) and not exists (
-    select from budget_windows w where w.budget_id = b.id and w.starts_at <= $2 and $2 < w.ends_at
-)
+where b.id = any($1::bigint[]) and coalesce(last.ends_at <= $2, true)
 order by b.id
 on conflict do nothing
 """
 
+# Whatever the number of windows: the last that began is looked up in the primary key.
 _WINDOWS = """
 select w.budget_id, w.leased_nano, b.limit_nano - (w.spent_nano - w.forgiven_nano) - w.leased_nano as available_nano,
     extract(epoch from w.starts_at)::float8 as starts_s, extract(epoch from w.ends_at)::float8 as ends_s,
     w.starts_at <= $2 and $2 < w.ends_at as is_current
 from budget_windows w join budgets b on b.id = w.budget_id
-where (w.budget_id = any($1::bigint[]) and w.starts_at <= $2 and $2 < w.ends_at)
-    or (w.budget_id, w.starts_at) in (select id, to_timestamp(s) from unnest($3::bigint[], $4::float8[]) as o (id, s))
+where (w.budget_id, w.starts_at) in (
+    select last.* from unnest($1::bigint[]) as asked (id) cross join lateral (
+        select budget_id, starts_at from budget_windows where budget_id = asked.id and starts_at <= $2
+        order by starts_at desc limit 1
+    ) as last
+    union all
+    select id, to_timestamp(s) from unnest($3::bigint[], $4::float8[]) as o (id, s)
+)
 order by w.budget_id, w.starts_at for no key update of w
 """
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
+from billing.budgets import trim_windows
 from billing.idempotency import trim_claims
 from billing.incarnations import abandon_silent, trim_leases
 from billing.ledger import Ledger
@@ -114,4 +115,5 @@ class Caretaker:
         await trim_hours(self._pool, self._settings)
         await trim_changes(self._pool)
         await trim_leases(self._pool)
+        await trim_windows(self._pool)
         await trim_claims(self._pool, self._settings)

@@ -30,6 +30,8 @@ create table budget_windows (
     check (forgiven_nano <= spent_nano)
 ) with (fillfactor = 50);
 
+create index budget_windows_ended on budget_windows (ends_at); -- those that are long over are deleted
+
 create table budget_leases (
     incarnation_id uuid not null references incarnations (id),
     budget_id      bigint not null,
