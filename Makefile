@@ -54,8 +54,9 @@ lint: install-test ## ruff (rules and format) and mypy --strict
 	@$(py) -m ruff format --check .
 	@$(py) -m mypy
 
-bench: install-test ## measure what a request costs and write bench/RESULTS.md (about 4 minutes)
-	@exec $(py) -m bench.cost $(ARGS)
+bench: install-test ## measure what a request and its money cost and write bench/RESULTS.md (about 10 minutes)
+	@$(py) -m bench.cost $(ARGS)
+	@exec $(py) -m bench.money $(ARGS)
 
 clean: ## remove caches and build products (keeps $(VENV) and data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
