@@ -28,7 +28,9 @@ async def test_a_window_opens_although_the_clock_was_ahead_for_a_while(pool: asy
     now = dt.datetime(2030, 5, 5, 10, 30, tzinfo=dt.UTC)
     for at in (now - 2 * HOUR, now + 24 * HOUR, now, now + HOUR):
         await pool.execute(_OPEN_WINDOWS, [made.id], at)
-    starts = await pool.fetch("select starts_at, ends_at - starts_at as length from budget_windows order by 1")
+    starts = await pool.fetch(
+        "select starts_at, ends_at - starts_at as length from budget_windows order by 1"
+    )
     assert [row["starts_at"].hour for row in starts] == [8, 10, 11, 10]
     assert {row["length"] for row in starts} == {HOUR}
 
