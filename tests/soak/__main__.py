@@ -22,7 +22,7 @@ from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
-from tests.soak import killed, limits, memory, money_crash, simulation, stalled, streams
+from tests.soak import cuts, killed, limits, memory, money_crash, simulation, stalled, streams
 from tests.soak.report import Result, write_report
 
 REPORT = ROOT / "docs" / "soak.md"
@@ -70,6 +70,7 @@ CASES = (
     Case(
         "valkey", "Valkey away under load", money_crash.valkey_killed, money_crash.OUTAGE_LONG, money_crash.OUTAGE_SHORT
     ),
+    Case("cuts", "Streams cut at random points", cuts.streams_cut, cuts.LONG, cuts.SHORT),
     Case(
         "limits", "60 requests a minute over four workers", limits.a_minute_has_60, limits.LONG, limits.SHORT
     ),
