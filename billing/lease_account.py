@@ -15,6 +15,10 @@ Ended: TypeAlias = Callable[["AccountLease"], None]
 """Told that a hold of this account ended: something may be free."""
 
 
+UNTOLD = (-1, -1)
+"""What PostgreSQL has been told is free and held, where that is not known."""
+
+
 class InsufficientFunds(Exception):
     """The wallet does not buy this turn, not even with all that processes have leased of it."""
 
@@ -144,12 +148,12 @@ class AccountLease:
 
     def window_keys(self, budgets: tuple[Budget, ...]) -> tuple[tuple[int, float], ...]:
         """What the usage record names: each budget with the start of its window."""
-        leases = (self.budgets[budget.id] for budget in budgets)
-        return tuple(
+        leases = [self.budgets[budget.id] for budget in budgets]
+        return tuple([
             (lease.id, lease.window.starts_at)
             for lease in leases
             if lease.window is not None and not lease.is_gone
-        )
+        ])  # fmt: skip
 
     def waiting(self) -> Iterator[Waiter]:
         """Those who still wait, first come first."""

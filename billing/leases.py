@@ -14,6 +14,7 @@ import asyncpg
 from billing.incarnations import Incarnation
 from billing.lease import block_nano, low_after, peak_after
 from billing.lease_account import (
+    UNTOLD,
     AccountLease,
     BillingUnavailable,
     Budget,
@@ -118,12 +119,18 @@ class SpendLeases:
         if account is None or account.waiters or amount_nano > account.wallet.free_nano:
             return None
         pots = account.pots(budgets, now_s, self._teller.generation)
-        if pots is None or any(amount_nano > pot.free_nano for pot in pots):
+        if pots is None:
             return None
+        is_low = False
+        for pot in pots:  # a generator for each question would cost as much as the hold
+            left_nano = pot.free_nano - amount_nano
+            if left_nano < 0:
+                return None
+            is_low = is_low or left_nano < pot.low_nano
         account.used_s = now_s
         hold = Hold(account, pots, amount_nano, account.window_keys(budgets) if budgets else (), self._ended)
         self._changed.add(account)
-        if not account.is_busy and any(pot.free_nano < pot.low_nano for pot in pots):
+        if is_low and not account.is_busy:
             self._teller.bring(account)
         return hold
 
@@ -349,14 +356,18 @@ class SpendLeases:
                 pot.low_nano = low_after(pot, wanted_nano)
 
     async def _report(self) -> None:
-        """Tell what is free and held of the leases that changed. What can't be told is told in the next round."""
+        """Tell what is free and held of the leases that changed. What can't be told is told in the next round, and so is
+        what the teller wrote meanwhile: which of the two came last can't be known.
+        """
         rows = []
+        reported: list[tuple[AccountLease, tuple[int, int]]] = []
         changed, self._changed = list(self._changed), set()
         for account in changed:
             now = (max(0, account.wallet.free_nano), account.wallet.held_nano)
             if now != account.told and not account.wallet.is_fresh:
                 account.told = now
                 rows.append((account.id, *now))
+                reported.append((account, now))
         try:
             for start in range(0, len(rows), REPORT_MAX):
                 async with transaction(self._pool, self._settings.database_timeout_s) as connection:
@@ -364,8 +375,12 @@ class SpendLeases:
         except AWAY as error:
             self._teller.note_away(error)
             for account in changed:
-                account.told = (-1, -1)
+                account.told = UNTOLD
             self._changed.update(changed)
+        for account, now in reported:
+            if account.told != now:
+                account.told = UNTOLD
+                self._changed.add(account)
 
     def _sweep(self, now_s: float) -> None:
         """Give back what is idle; a slice of the accounts a round, so that no round is long."""
@@ -395,6 +410,7 @@ class SpendLeases:
                 self._by_budget.pop(budget_id, None)
             return
         account.is_dropping = True
+        self._changed.add(account)  # also what could not be told is told once more
         self._teller.bring(account)
 
 

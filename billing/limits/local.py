@@ -3,7 +3,6 @@
 When that is, and how large a share, is the limiter's to say.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 from billing.limits.rules import Plan, Window
@@ -13,12 +12,17 @@ BUCKETS = 60
 
 
 class Rolling:
-    """One rolling window over amounts; times are seconds of a monotonic clock."""
+    """One rolling window over amounts; times are seconds of a monotonic clock.
+
+    A list, though the oldest go first: it is short, and there are as many as subjects, most of them with one entry.
+    """
+
+    __slots__ = ("_entries", "_length_s", "_wide_s", "used")
 
     def __init__(self, length_s: float) -> None:
         self._length_s = length_s
         self._wide_s = length_s / BUCKETS
-        self._entries: deque[list[float]] = deque()  # when the bucket ends, amount
+        self._entries: list[list[float]] = []  # when the bucket ends, amount
         self.used = 0
 
     def wait_s(self, now: float, limit: int, amount: int) -> float:
@@ -53,7 +57,7 @@ class Rolling:
 
     def _forget(self, now: float) -> None:
         while self._entries and self._entries[0][0] + self._length_s <= now:
-            self.used -= int(self._entries.popleft()[1])
+            self.used -= int(self._entries.pop(0)[1])
 
 
 @dataclass(frozen=True, slots=True)
