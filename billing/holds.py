@@ -59,7 +59,10 @@ ARGUMENTS_GROWTH = 4
 NORMAL_GROWTH: dict[Literal["NFC", "NFKC"], int] = {"NFC": 3, "NFKC": 11}
 """How many times longer UTF-8 can become when normalized (Unicode's FAQ on normalization). Tokenizers of models that
 generate leave text alone or use NFC (Qwen), those of embeddings use NFKC (XLM-R). Escaped text has the room in its escapes:
-six bytes are as much as NFC makes of any character that one escape can stand for."""
+six bytes are as much as NFC makes of any character that one escape can stand for (NFKC makes up to 33 of one)."""
+
+ESCAPE = b"\\u"
+"""How JSON writes a character in ASCII."""
 
 NORMAL_CHECK_BYTES = 2**18
 """Longer texts are not looked at (0.5 ms) but taken to grow; they exceed most contexts, which bound them instead."""
@@ -109,11 +112,17 @@ def text_bytes(raw: bytes, form: Literal["NFC", "NFKC"] = "NFC") -> int:
     `form`: NFKC for embeddings.
     """
     size = len(raw)
-    if raw.isascii():
+    is_escaped = form == "NFKC" and ESCAPE in raw
+    if raw.isascii() and not is_escaped:
         return size
-    if size <= NORMAL_CHECK_BYTES and unicodedata.is_normalized(form, raw.decode(errors="replace")):
+    if size <= NORMAL_CHECK_BYTES and unicodedata.is_normalized(form, _written_out(raw, is_escaped)):
         return size
     return size * NORMAL_GROWTH[form]
+
+
+def _written_out(raw: bytes, is_escaped: bool) -> str:
+    """JSON with its characters as themselves."""
+    return (orjson.dumps(orjson.loads(raw)) if is_escaped else raw).decode(errors="replace")
 
 
 def bound_of(

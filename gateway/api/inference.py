@@ -26,7 +26,10 @@ async def infer(request: web.Request, ask_of: Callable[[bytes, web.Request], Ask
     """Run one turn for `request`; `ask_of` decodes its body."""
     principal = await authenticate(request, "inference")
     key = key_of(request.headers)
+    is_here = request.content.is_eof()
     body = await read_body(request)
+    if not is_here:  # it may have taken minutes, in which the key was revoked or its limits were changed
+        principal = await authenticate(request, "inference")
     ask = ask_of(body, request)
     app = request.app
     down = HttpDownstream(

@@ -10,12 +10,17 @@ from typing import Any
 
 import orjson
 
+COUNT_MAX = 10**12
+"""A count beyond it is none: no context has so many, and what it costs would fit no column."""
+
 USAGE = re.compile(
-    rb',"usage":\{"prompt_tokens":(\d+),"total_tokens":\d+(?:,"completion_tokens":(\d+))?'
-    rb'((?:,"[a-z_]+":(?:null|\d+|\{[^{}]*\}))*)\}'
+    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+(?:,"completion_tokens":(\d{1,12}))?'
+    rb'((?:,"[a-z_]+":(?:null|\d{1,12}|\{[^{}]*\}))*)\}'
 )
-RESPONSES_USAGE = re.compile(rb'"usage":\{"input_tokens":(\d+),.*?"output_tokens":(\d+)', re.DOTALL)
-CACHED = re.compile(rb'"cached_tokens":(\d+)')
+RESPONSES_USAGE = re.compile(
+    rb'"usage":\{"input_tokens":(\d{1,12}),.*?"output_tokens":(\d{1,12})\b', re.DOTALL
+)
+CACHED = re.compile(rb'"cached_tokens":(\d{1,12})\b')
 ERROR = b'data: {"error":'
 
 
@@ -63,7 +68,7 @@ def tokens_of(usage: object) -> Tokens | None:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
     counts = [count or 0 for count in (prompt, cached, completion)]
-    if not all(isinstance(count, int) and 0 <= count < 2**53 for count in counts):
+    if not all(isinstance(count, int) and 0 <= count < COUNT_MAX for count in counts):
         return None
     return Tokens(counts[0], counts[1], counts[2])
 

@@ -17,6 +17,9 @@ from typing import Any, Self
 import psutil
 import pytest
 
+from gateway.api.services import KEYRING
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import load_pepper
 from tests.gateways import MODEL, TestGateway, running_gateway
 from tests.waiting import eventually
 
@@ -568,6 +571,19 @@ async def test_a_body_that_comes_slowly_is_waited_for(gw, engine):
             await client.send(bytes([byte]))
             await asyncio.sleep(0.002)
         assert (await client.reply()).status == 200
+
+
+async def test_a_key_that_is_revoked_while_a_body_comes_is_refused(gw, engine):
+    await gw.register(engine.url)
+    body = json.dumps(ASK).encode()
+    async with wire(gw) as client:
+        await client.send(request(gw, b"", f"content-length: {len(body)}", length=False) + body[:9])
+        await eventually(lambda: gw.gateway._runner.app[KEYRING].lookup(gw.key) is not None)
+        await KeyStore(gw.pool, load_pepper(gw.gateway.settings)).revoke(gw.key_row.id)
+        await eventually(lambda: gw.gateway._runner.app[KEYRING].lookup(gw.key) is None)
+        await client.send(body[9:])
+        assert (await client.reply()).status == 401
+    assert not await engine.requests()
 
 
 async def test_clients_that_leave_in_the_middle_of_a_request_leave_nothing(gw, caplog):

@@ -142,9 +142,9 @@ def test_every_prompt_of_a_completion_is_in_its_bound(body: dict[str, Any], esca
     assert found.is_limited
 
 
-@given(st.text("\ufdfa\ufb03\u3382①x", max_size=40))
-def test_texts_to_embed_are_bounded_as_their_tokenizers_normalize_them(text: str) -> None:
-    raw = json.dumps({"model": "m", "input": text}, ensure_ascii=False).encode()
+@given(st.text("\ufdfa\ufb03\u3382①x", max_size=40), st.booleans())
+def test_texts_to_embed_are_bounded_as_their_tokenizers_normalize_them(text: str, escaped: bool) -> None:
+    raw = json.dumps({"model": "m", "input": text}, ensure_ascii=escaped).encode()
     assert text_bytes(raw, "NFKC") >= len(unicodedata.normalize("NFKC", text).encode())
 
 

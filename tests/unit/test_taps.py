@@ -457,3 +457,15 @@ def test_an_estimate_ends_where_the_engines_counts_begin():
     tap.feed(event("Paris"))
     tap.feed(event(" is", usage=(9, 2)))
     assert tap.final_tokens() == Tokens(prompt=9, completion=2)
+
+
+def test_a_count_that_nothing_can_have_is_none() -> None:
+    """It would be charged, and fit no record."""
+    huge = 10**30
+    chat = b'{"choices":[],"usage":{"prompt_tokens":9,"total_tokens":9,"completion_tokens":%d}}' % huge
+    response = b'{"output":[],"usage":{"input_tokens":%d,"output_tokens":1}}' % huge
+    assert answer_tokens(chat) is None
+    assert answer_tokens(response) is None
+    tap = openai(wants_usage=True)
+    tap.feed(event("Hi", usage=(9, 1)) + b"data: " + chat + b"\n\n" + DONE)
+    assert (tap.tokens.prompt, tap.tokens.completion) == (9, 1)
