@@ -196,7 +196,9 @@ async def measure_asked(bench: Bench, sizes: Sequence[int]) -> list[Row]:
             (of, max(len(keys), int(RATE * RATE_S))),
         ):
             tell(f"stores, {name}: {requests} requests")
-            await bench.put(bench.billed, keys, rate=RATE, requests=requests, connections=1)
+            # First turns go as fast as PostgreSQL takes them; others at a pace, which is what batches depend on.
+            rate, connections = (RATE, 1) if name == of else (0.0, CONNECTIONS)
+            await bench.put(bench.billed, keys, rate=rate, requests=requests, connections=connections)
             before, asked = asked, await bench.asked()
             seconds, *counts = asked.since(before)
             rows += _asked_rows(name, [

@@ -41,7 +41,7 @@ class Size:
     lease_idle_s: float
 
 
-SHORT = Size(keys=2_000, rounds=3, remembered=500, lease_idle_s=0.5)
+SHORT = Size(keys=1_500, rounds=3, remembered=400, lease_idle_s=0.5)
 """Fewer are remembered than used: whatever is forgotten and made anew must leave nothing behind."""
 
 LONG = Size(keys=100_000, rounds=10, remembered=200_000, lease_idle_s=7200.0)
