@@ -30,6 +30,9 @@ class LeaseRow:
         return self.granted_nano - self.settled_nano - self.returned_nano
 
 
+_NONE = LeaseRow(0, 0, 0, 0)
+
+
 class Pot:
     """What this process has of one wallet, or of one window of a budget: granted = free + held + settled + returned."""
 
@@ -107,16 +110,17 @@ class Pot:
     def sync(self, row: LeaseRow | None) -> None:
         """Take over what PostgreSQL has, under its lock: also what it granted in an answer that was lost.
 
-        A fresh pot goes on where this process once dropped it: all that is not `used` or returned is free.
+        A fresh pot goes on where this process once dropped it: all that is not `used` or returned is free. Where PostgreSQL
+        came back from before a grant (a backup, a replica that lagged), what is still free of that was never ours.
         """
-        if row is not None and self.is_fresh:
+        row = row or _NONE
+        if self.is_fresh:
             self.granted_nano, self.returned_nano = row.granted_nano, row.returned_nano
             self.free_nano = row.granted_nano - row.returned_nano - row.used_nano
-            self.used_nano = row.used_nano
-        elif row is not None and row.granted_nano > self.granted_nano:
-            self.grant(row.granted_nano - self.granted_nano)
+        else:
+            self.grant(max(row.granted_nano - self.granted_nano, -self.free_nano))
         self.is_fresh = False
-        self.confirmed_nano = row.returned_nano if row is not None else 0
+        self.confirmed_nano, self.used_nano = row.returned_nano, row.used_nano
 
 
 def fit(amount_nano: int, least_nano: int | None, room_nano: int) -> int:

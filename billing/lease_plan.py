@@ -253,10 +253,11 @@ def _grant(
 
 
 def _enter(account: AccountLease, pot: Pot, source: Source, coming_nano: int, plan: Plan) -> None:
-    before_nano = source.lease.returned_nano if source.lease is not None else 0
+    lease = source.lease
+    before_nano = lease.granted_nano - lease.returned_nano if lease is not None else 0
     entry = Entry(
         granted_nano=pot.granted_nano + coming_nano, returned_nano=pot.returned_nano, used_nano=pot.settled_nano,
-        moved_nano=coming_nano - (pot.returned_nano - before_nano),
+        moved_nano=pot.granted_nano + coming_nano - pot.returned_nano - before_nano,
         free_nano=pot.free_nano + coming_nano, held_nano=pot.held_nano,
     )  # fmt: skip
     if pot is account.wallet:

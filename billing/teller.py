@@ -13,6 +13,7 @@ import asyncpg
 
 from billing.incarnations import Incarnation
 from billing.lease_account import (
+    UNTOLD,
     AccountLease,
     BudgetExceeded,
     Ended,
@@ -43,7 +44,7 @@ ATTEMPTS = 3
 """A batch is tried so often when its connection was dead or it met a deadlock or a budget just removed."""
 
 PASSING = (
-    asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.IntegrityConstraintViolationError,
+    asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.ForeignKeyViolationError,
     asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError,
     asyncpg.AdminShutdownError, ConnectionResetError,
 )  # fmt: skip
@@ -119,6 +120,8 @@ class Teller:
     async def _bring(self, batch: list[AccountLease]) -> None:
         try:
             plan = await self._exchange(batch)
+        except asyncpg.IntegrityConstraintViolationError as error:
+            await self._divide(batch, error)
         except (*AWAY, NotRegistered) as error:
             self._fail(batch, error)
         except Exception as error:
@@ -136,6 +139,19 @@ class Teller:
                     self._wake_others()
         for account in batch:
             account.is_busy = account in self._due
+
+    async def _divide(self, batch: list[AccountLease], error: asyncpg.PostgresError) -> None:
+        """Something is wrong with one account's money: the others' turns must not wait for a person to look at it."""
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            await self._bring(batch[:middle])
+            await self._bring(batch[middle:])
+            return
+        log.error(
+            "the wallet or a budget of account %d refuses: %s", batch[0].id, error,
+            extra={"action": "lease_refused", "account_id": batch[0].id},
+        )  # fmt: skip
+        self._give_up(batch)
 
     def _wake_others(self) -> None:
         """Beside the lane: Valkey may be slow, and turns wait."""
@@ -249,9 +265,13 @@ class Teller:
 
     def _fail(self, batch: list[AccountLease], error: BaseException) -> None:
         self.note_away(error)
+        self._give_up(batch)
+
+    def _give_up(self, batch: list[AccountLease]) -> None:
+        """For now: their waiting turns are refused, and they are brought again in a while."""
         now_s = self._clock.monotonic()
         for account in batch:
-            account.told = (-1, -1)  # what PostgreSQL has is not known
+            account.told = UNTOLD
             serve_smaller(account, now_s, self.generation, self._ended)
         self.failed.update(batch)
         self._refuse_all(batch)

@@ -1,0 +1,110 @@
+"""What goes wrong beside leases, and must stay beside: one bad row, a late report, a PostgreSQL that came back older."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import pytest
+
+from billing import leases as leases_module
+from billing.leases import BillingUnavailable
+from config.defaults import Settings
+from tests.integration.test_leases import CHARGE, Process, make_account, process, wallet
+from tests.waiting import eventually
+
+
+async def row(pool: asyncpg.Pool, at: Process, account: int) -> asyncpg.Record:
+    return await pool.fetchrow(
+        "select *, granted_nano - settled_nano - returned_nano as left_nano from spend_leases"
+        " where incarnation_id = $1 and account_id = $2",
+        at.incarnation.id, account,
+    )  # fmt: skip
+
+
+async def test_one_account_whose_rows_are_wrong_stops_no_other(
+    pool: asyncpg.Pool, settings: Settings
+) -> None:
+    bad, *good = [await make_account(pool, name, 1_000 * CHARGE) for name in "abcde"]
+    async with process(pool, settings) as one:
+        (await one.leases.hold(bad, CHARGE, ())).void()
+        await pool.execute(
+            "update ledger_accounts set leased_nano = 0 where kind = 'wallet' and owner_id = $1", bad
+        )
+        one.leases.recall(str(bad))  # what goes back is more than the wallet says was leased
+        for hold in await asyncio.gather(*(one.leases.hold(account, CHARGE, ()) for account in good)):
+            hold.void()
+        with pytest.raises(BillingUnavailable):
+            await one.leases.hold(bad, 1, ())
+        assert not one.leases.is_away
+
+
+async def test_a_report_that_comes_after_a_return_is_put_right(
+    pool: asyncpg.Pool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = await make_account(pool, "acme", 1_000 * CHARGE)
+    report, late = leases_module.report, list[int]()
+
+    async with process(pool, settings, lease_report_s=0.05) as one:
+
+        async def report_late(connection: Any, incarnation: Any, rows: Any) -> None:
+            free = rows[0][1]
+            if free and not late:  # by the time that it is told it went back
+                one.leases.recall(str(account))
+                await one.leases._teller.idle()
+            await report(connection, incarnation, rows)
+            late.append(free)
+
+        monkeypatch.setattr(leases_module, "report", report_late)
+        await one.leases.hold(account, CHARGE, ())
+        await eventually(lambda: late)
+
+        async def is_right() -> bool:
+            return (await row(pool, one, account))["free_nano"] == 0 and len(late) > 1
+
+        await eventually(is_right)
+
+
+async def test_an_account_that_could_not_be_told_while_idle_is_forgotten_later(
+    pool: asyncpg.Pool, settings: Settings
+) -> None:
+    account = await make_account(pool, "acme", 1_000 * CHARGE)
+    async with process(pool, settings, lease_report_s=0.05, lease_idle_s=0.2) as one:
+        (await one.leases.hold(account, CHARGE, ())).void()
+        known = one.leases._accounts[account]
+        await eventually(lambda: known.is_empty)
+        one.leases._teller._fail([known], TimeoutError())
+        await eventually(lambda: account not in one.leases._accounts)
+
+
+@pytest.mark.parametrize("has_row", [True, False])
+async def test_a_book_that_came_back_older_than_a_lease_adds_up_again(
+    pool: asyncpg.Pool, settings: Settings, has_row: bool
+) -> None:
+    """A backup, or a replica that lagged: the last grant is not in it, and its turns run."""
+    account = await make_account(pool, "acme", 1_000 * CHARGE)
+    async with process(pool, settings) as one:
+        if has_row:
+            (await one.leases.hold(account, CHARGE, ())).void()
+        before = await wallet(pool, account), await row(pool, one, account)
+        held = await one.leases.hold(account, 500 * CHARGE, ())
+        await pool.execute(
+            "update ledger_accounts set leased_nano = $2 where kind = 'wallet' and owner_id = $1",
+            account, before[0]["leased"],
+        )  # fmt: skip
+        if has_row:
+            await pool.execute(
+                "update spend_leases set granted_nano = $2, returned_nano = $3 where account_id = $1",
+                account, before[1]["granted_nano"], before[1]["returned_nano"],
+            )  # fmt: skip
+        else:
+            await pool.execute("delete from spend_leases where account_id = $1", account)
+        (await one.leases.hold(account, 300 * CHARGE, ())).void()
+        one.settle(account, held, 400 * CHARGE)
+        await one.ship()
+        one.leases.recall(str(account))
+
+        async def adds_up() -> bool:
+            leased = (await row(pool, one, account))["left_nano"]
+            return leased == 0 and tuple(await wallet(pool, account)) == (600 * CHARGE, 0, 600 * CHARGE)
+
+        await eventually(adds_up)
