@@ -9,8 +9,10 @@ turn is settled is the shipper's to know: it finishes the claims of turns that c
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -23,6 +25,10 @@ log = logging.getLogger("poolgate.idempotency")
 
 KEY_CHARS_MAX = 255
 """As the trade has it (Stripe, and the IETF's draft-ietf-httpapi-idempotency-key-header leaves it open)."""
+
+STATEMENTS_AT_ONCE_MAX = 2
+"""Claims and their ends in PostgreSQL at a time: a flood of keyed requests, which no rate limit has seen yet, leaves
+connections for the leases of everybody else."""
 
 CLAIM_TRIES = 3
 """A claim that another process changed in the moment of ours is looked at anew; it changes a few times in its life."""
@@ -142,6 +148,7 @@ class IdempotencyStore:
         self._pool = pool
         self._settings = settings
         self._sealer = Sealer(pepper)
+        self._slots = asyncio.Semaphore(STATEMENTS_AT_ONCE_MAX)
         self._endings: dict[UUID, _Ending] = {}
         self._is_away = False
 
@@ -160,19 +167,16 @@ class IdempotencyStore:
     async def claim(
         self, account_id: int, key: str, request_hash: bytes, incarnation_id: UUID, turn_id: UUID
     ) -> Verdict:
-        """Take the key for this turn, or say why not: one round trip. Raises StoreUnavailable.
+        """Take the key for this turn, or say why not: one round trip, within one time-out. Raises StoreUnavailable.
 
         A dead owner's claim is taken over once, when its incarnation has ended: its journal is in the book by then, so
         that an unfinished claim means a turn that was never charged. A claim that expired counts as none.
         """
         try:
-            return await self._claim(account_id, key, request_hash, incarnation_id, turn_id)
+            async with self._connection() as connection:
+                return await self._claim(connection, account_id, key, request_hash, incarnation_id, turn_id)
         except AWAY as error:
-            self._withdraw(account_id, key, turn_id)
             raise StoreUnavailable(str(error) or type(error).__name__) from error
-        except asyncio.CancelledError:
-            self._withdraw(account_id, key, turn_id)
-            raise
 
     async def finish(self, account_id: int, key: str, turn_id: UUID, answer: bytes | None) -> None:
         """The turn has ended with `answer`; None if it is not kept. While PostgreSQL is away, it is told later."""
@@ -216,17 +220,34 @@ class IdempotencyStore:
         kept = sum(ending.sealed is not None for ending in self._endings.values())
         return kept < self._settings.idempotency_pending_max
 
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        """One of few, within the time-out. If its statement fails it is dropped: a frozen server would keep us waiting."""
+        async with (
+            asyncio.timeout(self._settings.database_timeout_s),
+            self._slots,
+            self._pool.acquire() as connection,
+        ):
+            try:
+                yield connection
+            except BaseException:
+                connection.terminate()
+                raise
+
     async def _claim(
-        self, account_id: int, key: str, request_hash: bytes, incarnation_id: UUID, turn_id: UUID
-    ) -> Verdict:
-        for _ in range(CLAIM_TRIES):
-            async with asyncio.timeout(self._settings.database_timeout_s):
-                row = await self._pool.fetchrow(
+        self, connection: Any, account_id: int, key: str, request_hash: bytes, incarnation_id: UUID, turn_id: UUID
+    ) -> Verdict:  # fmt: skip
+        try:
+            for _ in range(CLAIM_TRIES):
+                row = await connection.fetchrow(
                     CLAIM, account_id, key, request_hash, incarnation_id, turn_id,
                     self._settings.idempotency_kept_s,
                 )  # fmt: skip
-            if row is not None:
-                return self._verdict(account_id, key, row)
+                if row is not None:
+                    return self._verdict(account_id, key, row)
+        except (*AWAY, asyncio.CancelledError):
+            self._withdraw(account_id, key, turn_id)
+            raise
         return Running()
 
     def _verdict(self, account_id: int, key: str, row: asyncpg.Record) -> Verdict:
@@ -267,11 +288,11 @@ class IdempotencyStore:
         """False if PostgreSQL is away. To say it twice changes nothing."""
         whose = (ending.account_id, ending.key, ending.turn_id)
         try:
-            async with asyncio.timeout(self._settings.database_timeout_s):
+            async with self._connection() as connection:
                 if ending.is_release:
-                    await self._pool.execute(RELEASE, *whose)
+                    await connection.execute(RELEASE, *whose)
                 else:
-                    await self._pool.execute(FINISH, *whose, ending.sealed)
+                    await connection.execute(FINISH, *whose, ending.sealed)
         except AWAY as error:
             if not self._is_away:
                 log.warning(

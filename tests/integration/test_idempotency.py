@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from billing.idempotency import (
+    STATEMENTS_AT_ONCE_MAX,
     Claimed,
     Conflict,
     IdempotencyStore,
@@ -28,7 +29,7 @@ from config.postgres import AWAY, migrate, open_pool
 from gateway.errors import ApiError, BadRequest, NoNodeAvailable
 from gateway.idempotent import Answer, Collected, KeyedTurns, key_of
 from gateway.relay.downstream import ClientGone
-from tests.fakes.stores import kill
+from tests.fakes.stores import frozen, kill
 from tests.waiting import eventually
 
 PEPPER = b"pepper-of-the-tests"
@@ -219,19 +220,40 @@ async def test_while_postgres_is_away_no_key_is_claimed_and_no_answer_is_forgott
         await store.finish(ACCOUNT, "kept", turns["kept"], b"the answer")
         await store.finish(ACCOUNT, "crowded out", turns["crowded out"], b"another")
         await store.release(ACCOUNT, "refused", turns["refused"])
-        assert store.pending == 4
+        assert store.pending == 3  # the claim was never sent, so that there is nothing to withdraw
         private_stores.restart("postgres")
         await eventually(lambda: is_back(pool))
         telling = asyncio.create_task(store.run())
-        await eventually(
-            lambda: store.pending <= 1
-        )  # the withdrawal is said for longer: its claim may come late
+        await eventually(lambda: store.pending == 0)
         assert await claim(store, process, key="kept") == Repeat(b"the answer")
         assert await claim(store, process, key="crowded out") == Lost()
         assert await claim(store, process, key="refused") == Claimed(False)
         assert await claim(store, process, key="new") == Claimed(False)
         telling.cancel()
         assert await store.close(timeout_s=10) == 0
+
+
+async def test_a_flood_of_claims_takes_two_connections_and_a_frozen_postgres_is_told_of_two(
+    private_stores: EmbeddedStores, settings: Settings
+) -> None:
+    url = private_stores.database_url
+    await migrate(url)
+    settings = dataclasses.replace(settings, database_url=url, database_timeout_s=0.5)
+    async with await open_pool(url, max_size=4, timeout_s=10) as pool:
+        store, process = IdempotencyStore(pool, settings, PEPPER), await live_process(pool)
+        await asyncio.gather(*(pool.fetchval("select 1") for _ in range(8)))  # they are connected
+        with frozen(private_stores, "postgres"):
+            claims = [asyncio.create_task(claim(store, process, key=f"k-{n}")) for n in range(50)]
+            await asyncio.sleep(0)
+            assert pool.get_size() - pool.get_idle_size() <= STATEMENTS_AT_ONCE_MAX
+            results = await asyncio.gather(*claims, return_exceptions=True)
+            assert {type(result) for result in results} == {StoreUnavailable}
+            assert store.pending <= STATEMENTS_AT_ONCE_MAX
+        await eventually(lambda: is_back(pool))
+        telling = asyncio.create_task(store.run())
+        await eventually(lambda: store.pending == 0)  # withdrawn, and said for longer: a claim may come late
+        assert await claim(store, process, key="k-0") == Claimed(False)
+        telling.cancel()
 
 
 async def is_back(pool: asyncpg.Pool) -> bool:
