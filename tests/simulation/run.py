@@ -27,7 +27,7 @@ ATTEMPTS_MAX = 6
 """How often the client of a keyed request asks again for an answer that did not come."""
 
 PAUSE_S = 0.6
-ENGINE_KNOBS = {"ttft_ms": 15.0, "pace_ms": 8.0, "jitter": 0.3}
+ENGINE_KNOBS = {"ttft_ms": 15.0, "pace_ms": 12.0, "jitter": 0.3}
 WORDS = "the quick brown fox jumps over the lazy dog and goes home "
 
 ALLOWED = {0, 200, 402, 409, 429, 502, 503, 504}
@@ -157,7 +157,7 @@ async def _one(world: World, stores: EmbeddedStores, gateway: GatewayProcess, fa
     elif name == "gateway":
         world.kill(gateway)
         await asyncio.sleep(fails.for_s)
-        gateway.spawn()
+        await gateway.start()
     elif how == "frozen":
         with frozen(stores, name):
             await asyncio.sleep(fails.for_s)
