@@ -15,6 +15,8 @@ from tests.fakes.engine import FakeEngine
 Leaving = Literal["abort", "close", "half"]
 """`abort` throws away what it has not read, `close` says goodbye, `half` that nothing more will be asked: it reads on."""
 
+LEAVINGS: tuple[Leaving, ...] = ("abort", "close", "half")
+
 DONE = b"data: [DONE]"
 
 

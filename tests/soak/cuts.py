@@ -24,7 +24,7 @@ from billing.money import NANO
 from billing.prices import PriceBook, cost_nano
 from config.defaults import Settings
 from gateway.identity.accounts import AccountStore
-from tests.fakes.cutting import Counted, Leaving, Seen, Stream, counted, delivered, read, written
+from tests.fakes.cutting import LEAVINGS, Counted, Seen, Stream, counted, delivered, read, written
 from tests.fakes.engine import FakeEngine
 from tests.waiting import eventually
 
@@ -36,7 +36,6 @@ CHUNK_TIMEOUT_S = 5.0
 """A stalled engine's; no receipt takes so long."""
 
 CREDITED_NANO = 1_000_000 * NANO
-LEAVINGS: tuple[Leaving, ...] = ("abort", "close", "half")
 FAULTS = ("close", "reset", "error_mid", "truncated_chunk", "no_finish")
 USAGE: tuple[dict[str, Any], ...] = (
     {},
