@@ -81,14 +81,24 @@ async def close_incarnation(
 
 
 async def abandon_silent(pool: asyncpg.Pool, settings: Settings) -> list[UUID]:
-    """Give up the incarnations that were silent for `lease_grace_s` by PostgreSQL's clock; returns them."""
+    """Give up the incarnations that were silent for `lease_grace_s` by PostgreSQL's clock; returns them.
+
+    One that can't be closed now, which is logged, holds up no other.
+    """
     silent = await pool.fetch(_SILENT, settings.lease_grace_s, RETURNED_TO_STORE_S)
     given_up = []
     for row in silent:
-        async with pool.acquire() as connection, connection.transaction():
-            if await connection.fetchval(_STILL_SILENT, row["id"], settings.lease_grace_s) is None:
-                continue
-            await close_incarnation(connection, row["id"], "abandoned")
+        try:
+            async with pool.acquire() as connection, connection.transaction():
+                if await connection.fetchval(_STILL_SILENT, row["id"], settings.lease_grace_s) is None:
+                    continue
+                await close_incarnation(connection, row["id"], "abandoned")
+        except asyncpg.PostgresError as error:
+            log.critical(
+                "process %s of %s can't be given up, what it leased stays leased: %s", row["pid"], row["host"], error,
+                extra={"action": "incarnation_stuck", "incarnation": str(row["id"])},
+            )  # fmt: skip
+            continue
         given_up.append(row["id"])
         log.error(
             "process %s of %s is given up: its leases went back, its journal at %s was not shipped to the end",

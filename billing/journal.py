@@ -243,22 +243,28 @@ class Journal:
         last = self._shipped.segment - 1
         if last > self._removed:
             files = [segment_file(self.folder, number) for number in range(self._removed + 1, last + 1)]
-            await self._in_thread(_remove_files, files)
-            self._removed = last
+            # On a disk that is read-only now: the syncs tell of it, and turns that run must not end for a file that stays.
+            with suppress(OSError):
+                await self._in_thread(_remove_files, files)
+                self._removed = last
 
     async def _in_thread(self, work: Callable[..., None], *given: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
 
 def _sync_files(current: int, retired: Sequence[tuple[int, mmap.mmap]]) -> None:
-    """The retired ones are closed, whatever becomes of them."""
+    """The retired ones are closed, whatever becomes of them; OSError if any could not be synced."""
+    failures = []
     for fd, mapped in retired:
         try:
             os.fdatasync(fd)
-        finally:
-            mapped.close()
-            os.close(fd)
+        except OSError as error:
+            failures.append(error)
+        mapped.close()
+        os.close(fd)
     os.fdatasync(current)
+    if failures:
+        raise failures[0]
 
 
 def _remove_files(files: Sequence[Path]) -> None:

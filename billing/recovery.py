@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ log = logging.getLogger("poolgate.recovery")
 
 ADOPT_S = 1.0
 """How often dead processes are looked for: a killed worker's turns are in the book moments later."""
+
+SILENT_S = 30.0
+"""Six beats: the process of another host whose journal seems to be nobody's would have been heard of."""
 
 LEFTOVER_S = 3600.0
 """A folder that was being made or removed for so long is nobody's any more: its process died amid that."""
@@ -89,8 +93,13 @@ async def recover(
     settings: Settings,
     metrics: Metrics | None = None,
     progress: Callable[[Recovered], None] | None = None,
+    *,
+    host: str | None = None,
 ) -> Recovered:
     """Ship one dead process's journal, close its leases, remove the folder. Any step may come again.
+
+    `host`: ours, for whoever does this unasked. On a disk that hosts share, a lock may not reach over to the others: a
+    process of another host is dead only once PostgreSQL has not heard of it for SILENT_S.
 
     Raises ProcessLives, UnknownIncarnation, ValueError for a folder that is no journal's, and what PostgreSQL's absence
     raises.
@@ -106,6 +115,8 @@ async def recover(
             progress(recovered)
 
     try:
+        if host is not None and await _lives_elsewhere(pool, settings, journal.incarnation_id, host):
+            raise ProcessLives(str(folder))
         shipper = Shipper(pool, settings, journal, metrics, on_shipped=note)
         try:
             await shipper.ship_all()
@@ -153,6 +164,7 @@ class Recovery:
         self._pool = pool
         self._settings = settings
         self._metrics = metrics
+        self._host = socket.gethostname()
         self._told: set[Path] = set()
 
     async def run(self) -> None:
@@ -168,7 +180,7 @@ class Recovery:
 
     async def _adopt(self, folder: Path) -> None:
         try:
-            await recover(folder, self._pool, self._settings, self._metrics)
+            await recover(folder, self._pool, self._settings, self._metrics, host=self._host)
         except ProcessLives:
             pass
         except UnknownIncarnation:
@@ -193,6 +205,16 @@ def _lock_of(folder: Path) -> DeadJournal | None:
     if journal is None and (folder / LOCK).exists():
         raise ProcessLives(str(folder))
     return journal
+
+
+async def _lives_elsewhere(pool: asyncpg.Pool, settings: Settings, incarnation_id: UUID, host: str) -> bool:
+    async with asyncio.timeout(settings.database_timeout_s):
+        lives = await pool.fetchval(
+            "select state = 'live' and host <> $2 and seen_at > clock_timestamp() - make_interval(secs => $3)"
+            " from incarnations where id = $1",
+            incarnation_id, host, SILENT_S,
+        )  # fmt: skip
+    return bool(lives)
 
 
 async def _close(

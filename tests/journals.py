@@ -1,5 +1,6 @@
 """Journals over a book with money in it: wallets that are leased to an incarnation, and turns that spend from them."""
 
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +54,9 @@ async def incarnate(pool: asyncpg.Pool, folder: Path, *, lease_nano: int = 0) ->
     made = uuid7()
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute(
-            "insert into incarnations (id, host, pid, journal) values ($1, 'here', 1, $2)", made, str(folder)
-        )
+            "insert into incarnations (id, host, pid, journal) values ($1, $2, 1, $3)",
+            made, socket.gethostname(), str(folder),
+        )  # fmt: skip
         if lease_nano:
             await connection.execute(
                 "insert into spend_leases (incarnation_id, account_id, granted_nano)"

@@ -1,14 +1,17 @@
 """What goes wrong beside leases, and must stay beside: one bad row, a late report, a PostgreSQL that came back older."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
 import pytest
 
 from billing import leases as leases_module
+from billing.incarnations import abandon_silent
 from billing.leases import BillingUnavailable
 from config.defaults import Settings
+from tests import books
 from tests.integration.test_leases import CHARGE, Process, make_account, process, wallet
 from tests.waiting import eventually
 
@@ -108,3 +111,15 @@ async def test_a_book_that_came_back_older_than_a_lease_adds_up_again(
             return leased == 0 and tuple(await wallet(pool, account)) == (600 * CHARGE, 0, 600 * CHARGE)
 
         await eventually(adds_up)
+
+
+async def test_a_silent_process_that_cannot_be_given_up_holds_up_no_other(
+    pool: asyncpg.Pool, settings: Settings
+) -> None:
+    account = await make_account(pool, "acme", 1_000 * CHARGE)
+    ids = [await books.incarnation(pool) for _ in range(2)]
+    await books.lease(pool, ids[0], account, CHARGE)
+    await pool.execute("update ledger_accounts set leased_nano = 0")  # wrong: it can't be returned
+    await pool.execute("update incarnations set seen_at = seen_at - interval '5 hours'")
+    assert await abandon_silent(pool, replace(settings, lease_grace_s=1.0)) in ([], [ids[1]])
+    assert await pool.fetchval("select state from incarnations where id = $1", ids[0]) == "live"

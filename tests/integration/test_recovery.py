@@ -118,6 +118,22 @@ async def test_the_journal_of_a_living_process_is_left_alone(
     journal.close()
 
 
+async def test_the_journal_of_another_hosts_process_is_left_until_nobody_hears_of_that(
+    pool: asyncpg.Pool, settings: Settings, tmp_path: Path
+) -> None:
+    """Locks of some shared disks hold on one host only."""
+    folder = await a_dead_one(pool, settings, tmp_path, 10)
+    await pool.execute("update incarnations set host = 'elsewhere'")
+    unasked = Recovery(tmp_path, pool, settings)
+    await unasked._adopt(folder)
+    assert (await states(pool), await turns(pool), folder.exists()) == (["live"], 0, True)
+    await pool.execute(
+        "update incarnations set seen_at = seen_at - make_interval(secs => $1)", recovery.SILENT_S
+    )
+    await unasked._adopt(folder)
+    assert (await states(pool), await turns(pool), folder.exists()) == (["closed"], 1, False)
+
+
 async def test_turns_of_one_that_was_given_up_are_paid_by_the_platform(
     pool: asyncpg.Pool, settings: Settings, tmp_path: Path
 ) -> None:

@@ -351,6 +351,31 @@ async def test_a_sync_that_fails_refuses_new_turns_until_one_succeeds(
         await asyncio.wait([task])
 
 
+async def test_a_disk_that_is_read_only_now_ends_no_process_and_leaks_no_file(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    while len(segments(journal.folder)) < 4:
+        journal.append(turn())
+    retired = [mapped for _, mapped in journal._retired]
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    task = asyncio.create_task(journal.run())
+    assert len(retired) > 1
+    await eventually(lambda: journal.is_full and all(mapped.closed for mapped in retired))
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    journal.shipped(journal.end, 1)
+    await eventually(lambda: not journal.is_full)
+    assert not task.done()
+    monkeypatch.undo()
+    await eventually(lambda: 1 not in segments(journal.folder))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 def test_closing_twice_is_closing_once(journal: Journal) -> None:
     journal.append(turn())
     journal.close()
