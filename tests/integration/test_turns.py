@@ -154,7 +154,7 @@ async def test_cached_prompt_tokens_are_recorded(gw, engines):
 async def test_an_engine_that_reports_no_usage_is_counted_by_tokenizer(gw, engine):
     await gw.register(engine.url)
     await engine.knobs(replay="chat_stream_nousage")
-    _, events = await stream(gw)
+    _, events = await stream(gw, STREAM | {"max_tokens": 64})
     record = (await gw.settled(1))[0]
     assert record.estimated
     assert record.prompt_tokens > 0
