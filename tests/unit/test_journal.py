@@ -360,13 +360,12 @@ async def test_a_disk_that_is_read_only_now_ends_no_process_and_leaks_no_file(
     while len(segments(journal.folder)) < 4:
         journal.append(turn())
     retired = [mapped for _, mapped in journal._retired]
-    monkeypatch.setattr(Path, "unlink", refuse)
     monkeypatch.setattr(os, "fdatasync", refuse)
     task = asyncio.create_task(journal.run())
     assert len(retired) > 1
     await eventually(lambda: journal.is_full and all(mapped.closed for mapped in retired))
     monkeypatch.undo()
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr("billing.journal._remove_files", refuse)
     journal.shipped(journal.end, 1)
     await eventually(lambda: not journal.is_full)
     assert not task.done()
