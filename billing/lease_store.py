@@ -20,6 +20,10 @@ WindowKey = tuple[int, float]
 """A budget's id, and the start of its window in unix seconds."""
 
 
+RECALLED_S = 0.25
+"""Half of what passes between two recalls of one process (lease_plan.RECALL_S): so long one counts for all of them."""
+
+
 class NotRegistered(Exception):
     """PostgreSQL does not know this incarnation: it was away when the process began."""
 
@@ -136,7 +140,7 @@ async def write(
 async def recall(connection: Any, accounts: Sequence[int], budgets: Sequence[int]) -> None:
     """Ask every process for its free remainders, once the transaction commits."""
     kinds = ["recall"] * len(accounts) + ["budget"] * len(budgets)
-    await connection.execute(_RECALL, kinds, [str(entity) for entity in (*accounts, *budgets)])
+    await connection.execute(_RECALL, kinds, [str(entity) for entity in (*accounts, *budgets)], RECALLED_S)
 
 
 async def report(connection: Any, incarnation_id: UUID, rows: Sequence[tuple[int, int, int]]) -> None:
@@ -302,7 +306,15 @@ on conflict (incarnation_id, budget_id, starts_at) do update set granted_nano = 
     returned_nano = excluded.returned_nano, used_nano = excluded.used_nano
 """
 
-_RECALL = "insert into changes (kind, entity) select * from unnest($1::text[], $2::text[])"
+# What somebody asked for a moment ago is on its way: several processes whose turns wait need not each ask.
+_RECALL = """
+insert into changes (kind, entity)
+select kind, entity from unnest($1::text[], $2::text[]) as asked (kind, entity)
+where not exists (
+    select from changes c where c.at > clock_timestamp() - make_interval(secs => $3)
+        and c.kind = asked.kind and c.entity = asked.entity
+)
+"""
 
 _REPORT = """
 with told as (

@@ -33,6 +33,13 @@ CHANGES_READ_MAX = 10_000
 CHANGES_KEPT_S = 24 * 3600.0
 """Age at which rows are deleted. A reader that was away for half of it is told EVERYTHING."""
 
+PASSING_KINDS = ("recall",)
+PASSING_KEPT_S = 600.0
+"""What is over within seconds: nobody waits any more for what such a row asks, and they come with every turn that waits."""
+
+TRIMMED_MAX = 50_000
+"""Rows deleted in one statement, which thus ends long before its time-out."""
+
 WAKE_GAP_S = 0.02
 """Least time between two polls: a storm of messages makes PostgreSQL answer 50 polls a second, no more."""
 
@@ -56,6 +63,14 @@ from (select) as once left join lateral (
 """
 NOTHING_SEEN = "1:1:"
 
+TRIM = """
+delete from changes where id = any (array(
+    select id from changes
+    where at < clock_timestamp() - make_interval(secs => $1) and ($2::text[] is null or kind = any ($2))
+    order by at limit $3
+))
+"""
+
 
 async def announce(conn: Any, kind: str, entity: str) -> None:
     """Write a change in the caller's transaction; it is delivered after that commits, and only then."""
@@ -73,11 +88,17 @@ async def wake_feeds(valkey: Redis | None) -> None:
 
 
 async def trim_changes(pool: asyncpg.Pool, keep_s: float = CHANGES_KEPT_S) -> int:
-    """Delete rows older than `keep_s` seconds; returns how many. A caretaker calls it now and then."""
-    done = await pool.execute(
-        "delete from changes where at < clock_timestamp() - make_interval(secs => $1)", float(keep_s)
-    )
-    return int(done.rsplit(" ", 1)[1])
+    """Delete rows older than `keep_s` seconds, passing ones sooner, in bounded pieces; returns how many. A caretaker calls
+    it now and then.
+    """
+    deleted = 0
+    for kinds, age_s in ((None, keep_s), (PASSING_KINDS, min(keep_s, PASSING_KEPT_S))):
+        piece = TRIMMED_MAX
+        while piece == TRIMMED_MAX:
+            done = await pool.execute(TRIM, float(age_s), kinds, TRIMMED_MAX)
+            piece = int(done.rsplit(" ", 1)[1])
+            deleted += piece
+    return deleted
 
 
 class ChangeFeed:

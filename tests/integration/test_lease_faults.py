@@ -7,9 +7,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from billing import lease_store
 from billing import leases as leases_module
 from billing.incarnations import abandon_silent
 from billing.leases import BillingUnavailable
+from config.changes import trim_changes
 from config.defaults import Settings
 from tests import books
 from tests.integration.test_leases import CHARGE, Process, make_account, process, wallet
@@ -123,3 +125,19 @@ async def test_a_silent_process_that_cannot_be_given_up_holds_up_no_other(
     await pool.execute("update incarnations set seen_at = seen_at - interval '5 hours'")
     assert await abandon_silent(pool, replace(settings, lease_grace_s=1.0)) in ([], [ids[1]])
     assert await pool.fetchval("select state from incarnations where id = $1", ids[0]) == "live"
+
+
+async def test_processes_that_ask_at_once_for_the_same_remainders_write_one_row(pool: asyncpg.Pool) -> None:
+    async def ask(*accounts: int) -> int:
+        async with pool.acquire() as connection, connection.transaction():
+            await lease_store.recall(connection, accounts, [7])
+        found: int = await pool.fetchval("select count(*) from changes where kind in ('recall', 'budget')")
+        return found
+
+    assert [await ask(1), await ask(1), await ask(1, 2)] == [2, 2, 3]
+    await pool.execute("update changes set at = at - interval '1 second'")
+    assert await ask(1) == 5
+    await pool.execute("update changes set at = at - interval '1 hour'")
+    await trim_changes(pool)
+    kinds = await pool.fetch("select kind from changes where kind in ('recall', 'budget')")
+    assert [row["kind"] for row in kinds] == ["budget", "budget"]
