@@ -22,6 +22,11 @@ UNTOLD = (-1, -1)
 class InsufficientFunds(Exception):
     """The wallet does not buy this turn, not even with all that processes have leased of it."""
 
+    def __init__(self, above_nano: int | None = None) -> None:
+        """`above_nano`: all there is, where that is known."""
+        super().__init__(above_nano)
+        self.above_nano = above_nano
+
 
 class BillingUnavailable(Exception):
     """Whether the wallet buys this turn can't be told: PostgreSQL is away, or too many turns wait for it."""

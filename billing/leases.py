@@ -262,7 +262,7 @@ class SpendLeases:
 
     def _check_refused(self, account: AccountLease, waiter: Waiter, now_s: float) -> None:
         if account.refused is not None and account.refused.holds(waiter.need_nano, now_s):
-            raise InsufficientFunds
+            raise InsufficientFunds(account.refused.above_nano)
         for budget in waiter.budgets:
             lease = account.budgets.get(budget.id)
             if (

@@ -236,7 +236,7 @@ class Teller:
             waiter.is_answered = True
             if waiter.need_nano > plan.totals[account.wallet]:
                 account.refused = Refusal(plan.totals[account.wallet], now_s + REFUSAL_S)
-                waiter.granted.set_exception(InsufficientFunds())
+                waiter.granted.set_exception(InsufficientFunds(plan.totals[account.wallet]))
                 refused = True
                 continue
             for budget in waiter.budgets:

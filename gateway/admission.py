@@ -26,7 +26,15 @@ from config.clock import Clock
 from config.defaults import Settings
 from gateway import errors
 from gateway.dispatch import NO_NODE_RETRY_AFTER_S
-from gateway.errors import ApiError, BadRequest, InsufficientQuota, ModelNotFound, RateLimited, Unavailable
+from gateway.errors import (
+    ApiError,
+    BadRequest,
+    InsufficientQuota,
+    ModelNotFound,
+    NoNodeAvailable,
+    RateLimited,
+    Unavailable,
+)
 from gateway.identity.keyring import Principal
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
@@ -37,6 +45,9 @@ CLAMPED = "x-poolgate-max-tokens"
 """Header that tells the token limit which a request without one got, because its wallet buys no more."""
 
 BILLING_RETRY_AFTER_S = 2
+
+COUNTS_AT_ONCE_MAX = 8
+"""Prompts that engines count for one worker at a time: refused requests must not keep engines busy."""
 
 CountPrompt = Callable[[Ask, Engine], Awaitable[int | None]]
 
@@ -78,6 +89,7 @@ class Admission:
         self._leases = leases
         self._is_full = is_full
         self._count_prompt = count_prompt
+        self._counting = 0
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
@@ -105,14 +117,14 @@ class Admission:
         )  # fmt: skip
 
     def _engines(self, ask: Ask, principal: Principal, model: str) -> tuple[Engine, ...]:
-        """Those that serve the model now; none for a model that is only priced. Raises ModelNotFound."""
+        """Those that serve the model now. Raises ModelNotFound, and NoNodeAvailable for a model that is only priced."""
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
         engines = self._registry.snapshot.by_model.get(model)
         if engines is None:
             if model not in self._prices.models():
                 raise ModelNotFound(param="model")
-            return ()
+            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
         if all(engine.models[model].kind != ask.kind for engine in engines):
             raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
         return engines
@@ -120,7 +132,7 @@ class Admission:
     def _funding(self, ask: Ask, engines: tuple[Engine, ...], price: Price) -> Funding:
         model = ask.body["model"]
         lengths = [engine.models[model].context_length for engine in engines]
-        context = max(lengths) if lengths and all(lengths) else None  # 0: an engine did not tell
+        context = max(lengths) if all(lengths) else None  # 0: an engine did not tell
         try:
             bound = bound_of(
                 ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, context, self._settings
@@ -145,8 +157,9 @@ class Admission:
         try:
             try:
                 return await self._leased(ask, principal, funding, engines)
-            except (InsufficientFunds, BudgetExceeded):
-                if not await self._is_shorter(ask, funding):
+            except (InsufficientFunds, BudgetExceeded) as error:
+                above_nano = error.above_nano if isinstance(error, InsufficientFunds) else None
+                if not await self._is_shorter(ask, funding, above_nano):
                     raise
                 return await self._leased(ask, principal, funding, engines)
         except InsufficientFunds:
@@ -179,9 +192,18 @@ class Admission:
             funding.headers[CLAMPED] = str(tokens)
         return hold
 
-    async def _is_shorter(self, ask: Ask, funding: Funding) -> bool:
-        """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than that?"""
-        if funding.bound.has_media:
+    async def _is_shorter(self, ask: Ask, funding: Funding, above_nano: int | None) -> bool:
+        """Have an engine count the prompt, whose bytes are several times its tokens: does the turn need less than that?
+
+        `above_nano`: all there is. Engines are spared where that would not do for a prompt of one token either, and where
+        several prompts are being counted.
+        """
+        bound = replace(funding.bound, prompt_tokens=1)
+        output = bound.output_tokens if bound.is_limited else self._settings.clamp_tokens_min
+        at_least = hold_nano(funding.price, bound, funding.percent, output_tokens=output)
+        if above_nano is not None and at_least > above_nano:
+            return False
+        if bound.has_media or self._counting >= COUNTS_AT_ONCE_MAX:
             return False
         settings, need = self._settings, Need(ask.body["model"], ask.kind, 0, ask.provider_id)
         try:  # one that may get the turn: nobody else sees its prompt
@@ -191,7 +213,11 @@ class Admission:
             )  # fmt: skip
         except NoEngine:
             return False
-        tokens = await self._count_prompt(ask, choice.engine)
+        self._counting += 1
+        try:
+            tokens = await self._count_prompt(ask, choice.engine)
+        finally:
+            self._counting -= 1
         if tokens is None or tokens >= funding.bound.prompt_tokens:
             return False
         funding.bound = replace(funding.bound, prompt_tokens=tokens)

@@ -32,6 +32,7 @@ from gateway.errors import (
     IdempotencyAnswerLost,
     IdempotencyKeyInUse,
     IdempotencyKeyReused,
+    ModelNotFound,
     Unavailable,
 )
 from gateway.identity.keyring import Principal
@@ -296,6 +297,9 @@ class KeyedTurns:
                 retry_after_s=STORE_RETRY_AFTER_S,
             ) from error
         if isinstance(verdict, Repeat):
+            # Another key of the account may have had the answer.
+            if principal.models is not None and ask.body["model"] not in principal.models:
+                raise ModelNotFound(param="model")
             await Answer.unpacked(verdict.answer).give(down)
         elif not isinstance(verdict, Claimed):
             raise _refusal(verdict)

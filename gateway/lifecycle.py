@@ -6,6 +6,7 @@ before its last bytes go out.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,10 @@ from gateway.identity.keyring import Principal
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens
 from gateway.relay.upstreams import Upstreams
-from gateway.turn import Ask, Turn
+from gateway.turn import OVERRUN_STEP, Ask, Turn
 from nodes.registry import Registry
 
-OVERRUN_STEP = 64
-"""Tokens that an engine's overrun is paid for at a time."""
+log = logging.getLogger("poolgate.turns")
 
 
 class Lifecycle:
@@ -111,10 +111,13 @@ class Lifecycle:
 
     def _covers(self, turn: Turn, tokens: Tokens) -> int:
         """Output tokens that are paid for, once an engine went past the limit: the hold grows while the lease has room."""
-        cost = self._cost(turn, tokens) + self._cost(turn, Tokens(completion=OVERRUN_STEP))
-        if cost > turn.hold.amount_nano and not turn.hold.extend(cost - turn.hold.amount_nano):
+        paid = turn.paid_tokens + OVERRUN_STEP
+        prompt = min(tokens.prompt, turn.bound.prompt_tokens)
+        lacking = self._cost(turn, Tokens(prompt=prompt, completion=paid)) - turn.hold.amount_nano
+        if tokens.completion > paid or (lacking > 0 and not turn.hold.extend(lacking)):
             return 0
-        return tokens.completion + OVERRUN_STEP
+        turn.overrun_tokens += OVERRUN_STEP
+        return paid
 
     def _cost(self, turn: Turn, tokens: Tokens) -> int:
         return cost_nano(turn.price, tokens.prompt, tokens.cached, tokens.completion, turn.ask.price_percent)
@@ -126,4 +129,9 @@ class Lifecycle:
         turn.is_settled = True
         turn.amount_nano, turn.loss_nano = turn.hold.settle(self._cost(turn, turn.tokens))
         turn.quota.end(turn.limited_tokens)
+        if turn.is_overcounted and turn.engine is not None:
+            log.warning(
+                "%s counted more than it can have done", turn.engine.key,
+                extra={"action": "usage_disbelieved", "request_id": turn.request_id, "engine": turn.engine.key},
+            )  # fmt: skip
         self._record(turn.usage_record())

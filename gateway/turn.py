@@ -23,6 +23,10 @@ Outcome = Literal["finished", "timeout", "refused", "client_gone", "engine_faile
 """How a turn ended. `timeout`: /v1/complete's bound. `refused`: nothing was sent to an engine, or every engine said no.
 `cut`: the gateway stopped and the turn outlived its grace. `crashed`: a fault of ours, which is in the log."""
 
+OVERRUN_STEP = 64
+"""Tokens that an engine may pass a limit by at a time, each step paid for before the next. What it says it did beyond
+that is not believed: a provider could else say anything and be paid for it."""
+
 CLIENT_CLOSED = 499
 """Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
@@ -76,6 +80,8 @@ class Turn:
     loss_nano: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
+    overrun_tokens: int = 0
+    is_overcounted: bool = False
     is_settled: bool = False
 
     def first_event(self) -> None:
@@ -83,13 +89,21 @@ class Turn:
         self.first_event_s = time.monotonic()
 
     def delivered(self, tokens: Tokens) -> None:
-        """What is to be charged. An estimate that is above the bound is wrong: another tokenizer made it, and a limit that
-        the engine kept to can't have been passed."""
-        if tokens.estimated:
-            prompt = min(tokens.prompt, self.bound.prompt_tokens)
-            completion = min(tokens.completion, self.bound.completion_tokens)
-            tokens = replace(tokens, prompt=prompt, completion=completion)
-        self.tokens = tokens
+        """What is to be charged: what an engine counted, as far as it can be. No prompt is longer than its bound, and an
+        answer passes its limit by a step at most before it is cut. (An estimate above that is another tokenizer's.)"""
+        step = 0 if tokens.estimated else OVERRUN_STEP
+        prompt = min(tokens.prompt, self.bound.prompt_tokens)
+        completion = min(tokens.completion, self.paid_tokens + step)
+        self.is_overcounted = not tokens.estimated and (prompt, completion) != (
+            tokens.prompt,
+            tokens.completion,
+        )
+        self.tokens = replace(tokens, prompt=prompt, completion=completion)
+
+    @property
+    def paid_tokens(self) -> int:
+        """Output tokens that the hold is for."""
+        return self.bound.completion_tokens + self.overrun_tokens
 
     @property
     def limited_tokens(self) -> int:

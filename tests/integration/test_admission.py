@@ -211,6 +211,17 @@ async def test_an_engine_that_writes_more_than_the_wallet_has_is_cut_and_the_los
     assert record.loss_nano > 0
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_what_no_request_can_have_used_is_not_paid_for(gw, engine, is_stream):
+    await engine.knobs(prompt_tokens=10**9)
+    await gw.register(engine.url)
+    async with await gw.post("/v1/chat/completions", SAY | {"stream": is_stream, "max_tokens": 8}) as reply:
+        await reply.read()
+    record = (await gw.settled(1))[0]
+    assert record.prompt_tokens < 1_000
+    assert (record.amount_nano < 10**5, record.loss_nano) == (True, 0)
+
+
 async def overrun(gw: TestGateway) -> UsageRecord:
     """What is settled when an engine answers a request for 2 tokens as it likes."""
     async with await gw.post("/v1/chat/completions", SAY | {"stream": True, "max_tokens": 2}) as reply:
