@@ -1,13 +1,15 @@
 """What goes wrong beside leases, and must stay beside: one bad row, a late report, a PostgreSQL that came back older."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import asyncpg
 import pytest
 
-from billing import lease_store
+from billing import lease_store, teller
 from billing import leases as leases_module
 from billing.incarnations import abandon_silent
 from billing.leases import BillingUnavailable
@@ -141,3 +143,23 @@ async def test_processes_that_ask_at_once_for_the_same_remainders_write_one_row(
     await trim_changes(pool)
     kinds = await pool.fetch("select kind from changes where kind in ('recall', 'budget')")
     assert [row["kind"] for row in kinds] == ["budget", "budget"]
+
+
+async def test_a_first_take_is_one_question_and_one_answer_in_a_transaction(
+    pool: asyncpg.Pool, settings: Settings
+) -> None:
+    account = await make_account(pool, "acme", 1_000 * CHARGE)
+    asked: list[str] = []
+
+    async with process(pool, settings) as one:
+
+        @asynccontextmanager
+        async def only_that(*_: Any) -> AsyncIterator[Any]:
+            async with pool.acquire() as connection, connection.transaction():
+                with connection.query_logger(lambda query: asked.append(query.query)):
+                    yield connection
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(teller, "transaction", only_that)
+            (await one.leases.hold(account, CHARGE, ())).void()
+    assert [query.split()[0] for query in asked] == ["select", "with"], asked

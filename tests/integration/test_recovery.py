@@ -21,7 +21,7 @@ from billing.shipment import UnknownIncarnation
 from config.defaults import Settings
 from config.ids import uuid7
 from gateway.__main__ import main
-from tests.journals import balances, incarnate, journal_of, of_platform, open_accounts, turn, turns
+from tests.journals import balances, incarnate, journal_of, open_accounts, turn, turns
 from tests.waiting import eventually
 
 APPENDS_FOR_EVER = """
