@@ -96,15 +96,13 @@ async def read_book(
 
     `opens_windows`: make those that lack.
     """
-    row = await connection.fetchrow(_INCARNATION, incarnation_id, live_s)
-    if row is None:
+    row = await connection.fetchrow(_LOCK_LEASES, incarnation_id, live_s, sorted(accounts))
+    if row["is_live"] is None:
         raise NotRegistered("this process is not registered yet")
     if not row["is_live"]:
         return None
     at = row["at"]
-    wallets = await connection.fetch(_WALLETS, sorted(accounts))
-    leases = await connection.fetch(_LEASES, incarnation_id, sorted(accounts))
-    own = {lease["account_id"]: _lease(lease) for lease in leases}
+    own = {account: LeaseRow(*amounts) for account, *amounts in row["leases"] or ()}
     current: dict[int, WindowSource] = {}
     past: dict[WindowKey, WindowSource] = {}
     if budgets or older:
@@ -116,8 +114,8 @@ async def read_book(
     return Book(
         at=at.timestamp(), live=max(1, row["live"]),
         wallets={
-            w["owner_id"]: Source(w["available_nano"], w["leased_nano"], own.get(w["owner_id"]))
-            for w in wallets
+            account: Source(available_nano, leased_nano, own.get(account))
+            for account, available_nano, leased_nano in row["wallets"] or ()
         },
         current=current, older=past,
     )  # fmt: skip
@@ -198,25 +196,7 @@ def _columns(entries: dict[Any, Entry]) -> tuple[list[int], ...]:
     )
 
 
-# A key share lock bears a shipper that advances its offset, and not somebody who ends the incarnation.
-_INCARNATION = """
-select state = 'live' as is_live, clock_timestamp() as at,
-    (select count(*) from incarnations
-     where state = 'live' and seen_at > clock_timestamp() - make_interval(secs => $2)) as live
-from incarnations where id = $1 for key share
-"""
-
-_WALLETS = """
-select owner_id, leased_nano, credit_nano - debit_nano - pending_debit_nano - leased_nano as available_nano
-from ledger_accounts where kind = 'wallet' and owner_id = any($1::bigint[])
-order by id for no key update
-"""
-
-_LEASES = """
-select account_id, granted_nano, settled_nano, returned_nano, used_nano from spend_leases
-where incarnation_id = $1 and account_id = any($2::bigint[])
-order by account_id for no key update
-"""
+_LOCK_LEASES = "select * from lock_leases($1, $2, $3)"
 
 # A window ends at the next boundary of its account's zone as that is now, and starts at the last one or where the window
 # before it ended. Of three candidates one holds `now`: where clocks go back over midnight, a day's first hour lies before

@@ -31,3 +31,30 @@ create table spend_leases (
 ) with (fillfactor = 50);
 
 create index spend_leases_account on spend_leases (account_id); -- who else has a part of this wallet?
+
+-- A process's book of these accounts, locked in the global order and read in one round trip: wallets as (account, available,
+-- leased), its own leases as (account, granted, settled, returned, used). Each query sees what was committed while the one
+-- before it waited for a lock: a lease whose answer was lost is not overlooked. A key share lock bears a shipper that advances
+-- its offset, and not somebody who ends the incarnation. Where that is ended or unknown nothing is locked.
+create function lock_leases(
+    incarnation uuid, live_s double precision, accounts bigint[],
+    out is_live boolean, out at timestamptz, out live bigint, out wallets bigint[], out leases bigint[]
+) language plpgsql as $$
+begin
+    select i.state = 'live' into is_live from incarnations i where i.id = incarnation for key share;
+    at := clock_timestamp();
+    if is_live is not true then
+        return;
+    end if;
+    select count(*) into live from incarnations i
+        where i.state = 'live' and i.seen_at > clock_timestamp() - make_interval(secs => live_s);
+    select array_agg(array[w.owner_id, w.available_nano, w.leased_nano]) into wallets from (
+        select l.owner_id, l.credit_nano - l.debit_nano - l.pending_debit_nano - l.leased_nano as available_nano, l.leased_nano
+        from ledger_accounts l where l.kind = 'wallet' and l.owner_id = any (accounts) order by l.id for no key update
+    ) as w;
+    select array_agg(array[s.account_id, s.granted_nano, s.settled_nano, s.returned_nano, s.used_nano]) into leases from (
+        select * from spend_leases l where l.incarnation_id = incarnation and l.account_id = any (accounts)
+        order by l.account_id for no key update
+    ) as s;
+end
+$$;

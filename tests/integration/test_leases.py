@@ -53,6 +53,7 @@ class Process:
     leases: SpendLeases
     journal: list[tuple[int, int]] = field(default_factory=list)  # (account, charged)
     charged: int = 0
+    shipping: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def settle(self, account_id: int, hold: Hold, amount_nano: int) -> int:
         charged, _ = hold.settle(amount_nano)
@@ -61,14 +62,15 @@ class Process:
         return charged
 
     async def ship(self) -> None:
-        batch, self.journal = self.journal, []
-        postings = [
-            Posting(uuid7(), account_id=account, provider_id=None, amount_nano=amount, share_nano=0)
-            for account, amount in batch
-            if amount
-        ]
-        async with self.pool.acquire() as connection, connection.transaction():
-            await post_turns(connection, self.incarnation.id, postings, shard=0)
+        async with self.shipping:  # whoever waits for it finds the batch before in the book
+            batch, self.journal = self.journal, []
+            postings = [
+                Posting(uuid7(), account_id=account, provider_id=None, amount_nano=amount, share_nano=0)
+                for account, amount in batch
+                if amount
+            ]
+            async with self.pool.acquire() as connection, connection.transaction():
+                await post_turns(connection, self.incarnation.id, postings, shard=0)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
