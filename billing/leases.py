@@ -6,6 +6,7 @@ The hot path is memory only. How PostgreSQL is asked is teller.py's, what is tak
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from heapq import nsmallest
 from itertools import islice
 from typing import Any
 
@@ -72,6 +73,7 @@ class SpendLeases:
         self._clock = clock
         self._metrics = metrics
         self._beat_s = min(BEAT_S, settings.lease_grace_s / BEATS_IN_GRACE)
+        self._pause_s = min(self._beat_s, settings.lease_report_s, settings.lease_idle_s / 2)
         self._teller = Teller(
             pool, incarnation, settings, clock, live_s=LIVE_BEATS * self._beat_s, metrics=metrics, wake=wake,
             ended=self._ended,
@@ -163,11 +165,9 @@ class SpendLeases:
 
     async def run(self) -> None:
         """Beats, reports, returns what is idle, and brings again what failed; until cancelled."""
-        settings = self._settings
-        pause_s = min(self._beat_s, settings.lease_report_s, settings.lease_idle_s / 2)
         while True:
             await self.tend()
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(self._pause_s)
 
     async def tend(self) -> None:
         """One round of `run`."""
@@ -384,18 +384,21 @@ class SpendLeases:
 
     def _sweep(self, now_s: float) -> None:
         """Give back what is idle; a slice of the accounts a round, so that no round is long."""
-        over = len(self._accounts) - self._settings.leases_max
-        if over > 0:
-            for account in sorted(self._accounts.values(), key=lambda account: account.used_s)[:over]:
+        most = self._settings.leases_max
+        over = len(self._accounts) - most
+        if over > 0:  # some more, so that not every round looks for the oldest of so many
+            over += most // 64
+            for account in nsmallest(over, self._accounts.values(), key=lambda account: account.used_s):
                 self._drop(account)
         if not self._sweeping:
             self._sweeping = list(self._accounts.values())
-        for account in islice(self._sweeping, SWEEP_MIN):
+        count = max(SWEEP_MIN, round(len(self._accounts) * self._pause_s / self._settings.lease_idle_s))
+        for account in islice(self._sweeping, count):
             if now_s - account.used_s >= self._settings.lease_idle_s:
                 self._drop(account)
             elif any(pot.free_nano > 2 * pot.block_nano > 0 for pot in account.all_pots()):
                 self._teller.bring(account)
-        del self._sweeping[:SWEEP_MIN]
+        del self._sweeping[:count]
 
     def _drop(self, account: AccountLease) -> None:
         """Return what is free; forgotten once PostgreSQL has it, and its own report is the last."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -11,11 +12,12 @@ import pytest
 
 from billing import lease_store, teller
 from billing import leases as leases_module
-from billing.incarnations import abandon_silent
-from billing.leases import BillingUnavailable
+from billing.incarnations import abandon_silent, register
+from billing.leases import BillingUnavailable, SpendLeases
 from config.changes import trim_changes
 from config.defaults import Settings
 from tests import books
+from tests.fakes.clock import FakeClock
 from tests.integration.test_leases import CHARGE, Process, make_account, process, wallet
 from tests.waiting import eventually
 
@@ -166,3 +168,20 @@ async def test_a_first_take_is_one_question_and_one_answer_in_a_transaction(
         query for query in asked if "jit" not in query and "typeinfo" not in query
     ]  # asyncpg's, of a new connection
     assert [query.split()[0] for query in asked] == ["select", "with"], asked
+
+
+async def test_all_accounts_are_seen_within_the_idle_time_however_many_they_are(
+    pool: asyncpg.Pool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases_module, "SWEEP_MIN", 1)
+    accounts = [await make_account(pool, str(n), 1_000 * CHARGE) for n in range(20)]
+    made = await register(pool, settings, folder=Path("/nowhere"), host="here", pid=1)
+    clock = FakeClock()
+    leases = SpendLeases(pool, made, replace(settings, lease_report_s=1.0, lease_idle_s=10.0), clock)
+    for account in accounts:
+        (await leases.hold(account, CHARGE, ())).void()
+    for _ in range(25):  # idle after 10, given back within 10 more, and forgotten when next seen
+        clock.advance(1.0)
+        await leases.tend()
+        await leases._teller.idle()
+    assert all(not account.wallet.free_nano for account in leases._accounts.values())
