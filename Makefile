@@ -54,7 +54,7 @@ lint: install-test ## ruff (rules and format) and mypy --strict
 	@$(py) -m ruff format --check .
 	@$(py) -m mypy
 
-bench: install-test ## measure what a request and its money cost and write bench/RESULTS.md (about 10 minutes)
+bench: install-test ## measure what a request and its money cost and write bench/RESULTS.md (about 15 minutes)
 	@$(py) -m bench.cost $(ARGS)
 	@exec $(py) -m bench.money $(ARGS)
 

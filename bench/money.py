@@ -7,6 +7,7 @@ them, and differences are taken within a round. How the numbers are made, and wh
 import argparse
 import asyncio
 import json
+import random
 import shutil
 import statistics
 import subprocess
@@ -53,11 +54,12 @@ DRAIN_S = 1.5
 """After the last answer: shipping and the report of leases, which are inside the CPU of both workers' windows."""
 
 SETTLED_S = 60.0
-RATE, RATE_S = 500.0, 20
+RATE, RATE_S = 500.0, 12
 FLUSH_S = 12.0
 """A connection of PostgreSQL that became idle tells what it committed within 10 s."""
 
 PER = 1000
+SEED = 3
 HIGH = {
     "key_limits": {"requests_minute": 10_000_000, "tokens_minute": 10**10, "concurrency": 100_000},
     "account_limits": {"requests_day": 10**10},
@@ -153,37 +155,47 @@ class Bench:
 
 
 async def measure_cpu(bench: Bench, rounds: int) -> list[Row]:
-    """Both workers in turn; one more round before them warms up."""
+    """All of them in each round, in an order of its own: what follows the heaviest one would else always seem dearer.
+
+    One more round before them warms up.
+    """
     plain = await bench.accounts("plain", 1)
     high = await bench.accounts("high", 1, **HIGH, **BUDGETS)
     exact = await bench.accounts("exact", EXACT_ACCOUNTS, **EXACT, **BUDGETS)
+    off = "money off"
+    arms = {
+        off: (bench.free, high),
+        "hold, settlement, journal, shipping": (bench.billed, plain),
+        "and two budgets, high limits": (bench.billed, high),
+        f"and two budgets, a low limit ({EXACT_ACCOUNTS} accounts)": (bench.billed, exact),
+    }
     found: dict[str, list[float]] = defaultdict(list)
+    order = list(arms)
+    shuffled = random.Random(SEED)
     for number in range(rounds + 1):
         tell(f"CPU, round {number} of {rounds}" if number else "CPU, warming up")
-        free = await bench.cpu_us(bench.free, high)
-        costs = {
-            "hold, settlement, journal, shipping": await bench.cpu_us(bench.billed, plain),
-            "and two budgets, high limits": await bench.cpu_us(bench.billed, high),
-            "and two budgets, a low limit (100 accounts)": await bench.cpu_us(bench.billed, exact),
-        }
-        if number:
-            found["CPU a request, money off"].append(free)
-            for name, cost in costs.items():
-                found[f"CPU a request, {name}"].append(cost)
-                found[f"more than off, {name}"].append(cost - free)
+        shuffled.shuffle(order)
+        costs = {name: await bench.cpu_us(*arms[name]) for name in order}
+        if not number:
+            continue
+        for name in arms:
+            found[f"CPU a request, {name}"].append(costs[name])
+            if name != off:
+                found[f"more than off, {name}"].append(costs[name] - costs[off])
     return [_row(name, "µs", values) for name, values in sorted(found.items())]
 
 
 async def measure_asked(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """What PostgreSQL and Valkey are asked at RATE requests a second, less what they are asked anyway."""
     loads = [
-        (f"{count:,} accounts", await bench.accounts(f"many-{count}", count, **HIGH, **BUDGETS))
-        for count in sizes
+        (_named(count), await bench.accounts(f"many-{count}", count, **HIGH, **BUDGETS)) for count in sizes
     ]
     low = await bench.accounts("low", EXACT_ACCOUNTS, **EXACT, **BUDGETS)
-    loads.append((f"{EXACT_ACCOUNTS} accounts, a low limit", low))
+    loads.append((f"{_named(EXACT_ACCOUNTS)}, a low limit", low))
     tell("stores, idle")
+    await bench.asked()  # what was set up is told
     before = await bench.asked()
+    await asyncio.sleep(RATE_S)
     asked = await bench.asked()
     idle_s, *idle = asked.since(before)
     rows = [
@@ -191,26 +203,35 @@ async def measure_asked(bench: Bench, sizes: Sequence[int]) -> list[Row]:
         for name, count in zip(("PostgreSQL transactions", "Valkey commands"), idle, strict=False)
     ]
     for of, keys in loads:
-        for name, requests in (
-            (f"{of}, first turn of each", len(keys)),
-            (of, max(len(keys), int(RATE * RATE_S))),
+        # The first turns go as fast as PostgreSQL takes them; those after them at a pace, which is what batches depend on.
+        # The second round only says when each account comes again.
+        some = max(len(keys), int(RATE * RATE_S))
+        for name, rate, requests in (
+            (f"{of}, first turn of each", 0.0, len(keys)),
+            ("", RATE, some),
+            (of, RATE, some),
         ):
-            tell(f"stores, {name}: {requests} requests")
-            # First turns go as fast as PostgreSQL takes them; others at a pace, which is what batches depend on.
-            rate, connections = (RATE, 1) if name == of else (0.0, CONNECTIONS)
+            tell(f"stores, {name or of}: {requests} requests")
+            connections = 1 if rate else CONNECTIONS
             await bench.put(bench.billed, keys, rate=rate, requests=requests, connections=connections)
             before, asked = asked, await bench.asked()
             seconds, *counts = asked.since(before)
-            rows += _asked_rows(name, [
-                (count - quiet / idle_s * seconds) / requests * PER for count, quiet in zip(counts, idle, strict=True)
-            ])  # fmt: skip
-    return [row for row in rows if ": 1 account, first" not in row.name]
+            if name and (rate or len(keys) > 1):
+                rows += _asked_rows(name, [
+                    (count - quiet / idle_s * seconds) / requests * PER
+                    for count, quiet in zip(counts, idle, strict=True)
+                ])  # fmt: skip
+    return rows
+
+
+def _named(count: int) -> str:
+    return f"{count:,} account{'s' if count > 1 else ''}"
 
 
 def _asked_rows(of: str, counts: Sequence[float]) -> list[Row]:
     names = ("PostgreSQL transactions", "Valkey commands, inside scripts too", "Valkey scripts")
     return [
-        _row(f"{name} per 1,000 requests: {of}", "", [max(0.0, count)])
+        _row(f"{name} per 1,000 requests: {of}", "", [count])
         for name, count in zip(names, counts, strict=True)
     ]
 
@@ -225,7 +246,7 @@ def tell(words: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.money", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often CPU is measured (default: 5)")
+    parser.add_argument("--rounds", type=int, default=16, help="how often CPU is measured (default: 16)")
     parser.add_argument("--only", choices=("cpu", "stores"), help="one half of it; then nothing is written")
     parser.add_argument("--accounts", type=int, nargs="+", default=[1, 100, 10_000], help="active accounts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
