@@ -193,7 +193,7 @@ returning id
 
 _RETELL = """
 update budget_windows w set
-    warned_at = case when w.spent_nano - w.forgiven_nano < ceil(b.limit_nano * b.soft_percent / 100.0) then null
+    warned_at = case when w.spent_nano - w.forgiven_nano < ceil(b.limit_nano * (b.soft_percent / 100.0)) then null
         else w.warned_at end,
     exhausted_at = case when w.spent_nano - w.forgiven_nano < b.limit_nano then null else w.exhausted_at end
 from budgets b
@@ -257,7 +257,7 @@ update budget_windows w set spent_nano = w.spent_nano + paid.amount_nano, leased
 from paid join budgets b on b.id = paid.budget_id
 where w.budget_id = paid.budget_id and w.starts_at = paid.starts_at
 returning w.budget_id, w.starts_at, w.spent_nano - w.forgiven_nano as spent_nano,
-    ceil(b.limit_nano * b.soft_percent / 100.0)::bigint as soft_nano
+    ceil(b.limit_nano * (b.soft_percent / 100.0))::bigint as soft_nano
 """
 
 _TELL = """

@@ -7,7 +7,7 @@ import json
 import asyncpg
 import pytest
 
-from billing.budgets import BudgetStore, UnknownBudget, post_budgets
+from billing.budgets import AMOUNT_MAX_NANO, BudgetStore, UnknownBudget, post_budgets
 from billing.lease_store import _OPEN_WINDOWS
 from billing.leases import Budget, BudgetExceeded
 from config.defaults import Settings
@@ -210,6 +210,17 @@ async def test_thresholds_are_told_once_a_window_and_once_more_after_a_reset(
         async with pool.acquire() as connection, connection.transaction():
             await post_budgets(connection, one.incarnation.id, [(day.id, start, 900)])
         assert await told() == ["budget_threshold", "budget_exhausted", "budget_threshold"]
+
+
+async def test_the_largest_budget_that_can_be_set_posts_its_turns(
+    pool: asyncpg.Pool, settings: Settings, store: BudgetStore
+) -> None:
+    account = await make_account(pool, "acme", RICH)
+    day = await budget(store, account, "day", AMOUNT_MAX_NANO)
+    async with process(pool, settings) as one:
+        await spend(one, account, 7, (day,))
+    assert [state.spent_nano for state in await store.list()] == [7]
+    await store.set(account, None, "day", AMOUNT_MAX_NANO, 100)
 
 
 async def test_charges_of_a_removed_budget_are_skipped(
