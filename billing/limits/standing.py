@@ -73,7 +73,9 @@ class Standing:
         """Requests, tokens and spare slots that one block's life will likely need; zeros: not worth a block."""
         plan = self.plan
         self.rate = (self.rate + self.used / max(now - self.asked_at, 0.001)) / 2
-        self.tokens_mean = max(1.0, (3 * self.tokens_mean + tokens) / 4 if self.tokens_mean else float(tokens))
+        self.tokens_mean = max(
+            1.0, (3 * self.tokens_mean + tokens) / 4 if self.tokens_mean else float(tokens)
+        )
         self.asked_at, self.used = now, 0
         count = math.ceil(self.rate * life_s)
         if plan.block_requests is not None:
