@@ -23,7 +23,7 @@ from config.postgres import migrate, open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
 from tests.soak import cuts, killed, limits, memory, money_crash, simulation, stalled, streams
-from tests.soak.report import Result, write_report
+from tests.soak.report import Result, write_section
 
 REPORT = ROOT / "docs" / "soak.md"
 BOUND_S = 600.0
@@ -88,14 +88,16 @@ def main() -> int:
         parser.error(f"no such soak: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     raise_descriptor_limit()
     cases = [case for case in CASES if not args.only or case.name in args.only]
-    about = machine()
     folder = Path(tempfile.mkdtemp(prefix="poolgate-soak-"))
     try:
         with EmbeddedStores.start(folder / "stores") as stores:
-            results = [_run(case, stores, folder, is_short=args.short) for case in cases]
+            results = []
+            for case in cases:
+                about = machine()
+                results.append(_run(case, stores, folder, is_short=args.short))
+                write_section(args.report, about, results[-1], [case.title for case in CASES])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_report(args.report, about, results)
     print(f"report: {args.report}")
     return 0 if all(result.error == "" for result in results) else 1
 
