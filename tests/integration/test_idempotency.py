@@ -325,7 +325,7 @@ class Turns:
 class Caller:
     """Sends the same keyed request, again and again."""
 
-    principal: Any = type("Principal", (), {"account_id": ACCOUNT})
+    principal: Any = type("Principal", (), {"account_id": ACCOUNT, "models": None})
 
     def __init__(self, keyed: KeyedTurns) -> None:
         self.keyed = keyed

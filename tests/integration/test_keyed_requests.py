@@ -11,6 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from config.defaults import Settings
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import load_pepper
 from tests.fakes.engine import FakeEngine
 from tests.gateways import MODEL, TestGateway, running_gateway
 from tests.waiting import eventually
@@ -108,6 +110,17 @@ async def test_a_client_that_left_before_its_whole_answer_finds_it(
     assert (status, headers["idempotent-replayed"]) == (200, "true")
     assert b"chat.completion" in body
     assert len(await engine.requests()) == 1
+
+
+async def test_a_kept_answer_is_not_for_a_key_that_may_not_use_its_model(
+    gw: TestGateway, engine: FakeEngine, pool: asyncpg.Pool
+) -> None:
+    await gw.register(engine.url)
+    await ask(gw)
+    _, gw.key = await KeyStore(pool, load_pepper(gw.gateway.settings)).create(
+        gw.account_id, prefix="sk-pg-", models=["another"]
+    )
+    assert (await ask(gw))[0] == 404
 
 
 async def test_another_body_with_the_key_is_refused(gw: TestGateway, engine: FakeEngine) -> None:
