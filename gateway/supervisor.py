@@ -153,7 +153,9 @@ def _tend(slot: Slot, settings: Settings) -> None:
 
 def _start(sock: socket.socket, settings: Settings) -> Child:
     fd = sock.fileno()
-    child = spawn_python("gateway.worker", pass_fds=(fd,), stdin=PIPE, death_signal=signal.SIGTERM)
+    # One arena for all threads of a worker: those that read and sync the journal would each keep the most they ever needed.
+    env = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    child = spawn_python("gateway.worker", env=env, pass_fds=(fd,), stdin=PIPE, death_signal=signal.SIGTERM)
     assert child.stdin is not None
     with child.stdin as stdin:
         stdin.write(orders(settings, fd))

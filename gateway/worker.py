@@ -1,6 +1,7 @@
 """One gateway worker process: settings and a listening socket come from the supervisor, `gateway.app` does the rest."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,10 @@ import uvloop
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import die_with_parent
+
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Counts of new objects at which garbage in cycles is looked for. High enough that a turn ends before it counts as old: by
+Python's own thresholds it soon does, and old garbage stays until a quarter of all that is remembered was added to it."""
 
 FAILED = 70
 """Exit code of a worker in which a part failed (EX_SOFTWARE)."""
@@ -32,6 +37,7 @@ def main() -> int:
     # Ctrl-C reaches the whole group of a terminal; the supervisor says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(bound_s=settings.shutdown_grace_s + 15)
+    gc.set_threshold(*GC_THRESHOLDS)
     return uvloop.run(_serve(settings, socket.socket(fileno=given["fd"])))
 
 
