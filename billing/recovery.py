@@ -127,7 +127,9 @@ async def recover(
         if shipper.is_abandoned and recovered.records:  # else it was closed, and only its folder is left
             recovered.state = "abandoned"
         with contextlib.suppress(UnknownIncarnation):
-            await _close(pool, settings, journal.incarnation_id, "closed")  # no change if it was given up
+            await end_incarnation(
+                pool, settings, journal.incarnation_id, "closed"
+            )  # no change if it was given up
         await asyncio.to_thread(journal.remove)
     finally:
         journal.close()
@@ -147,11 +149,33 @@ async def abandon(
     """
     journal = None if folder is None else await asyncio.to_thread(_lock_of, folder)
     try:
-        await _close(pool, settings, incarnation_id, "abandoned")
+        await end_incarnation(pool, settings, incarnation_id, "abandoned")
     finally:
         if journal is not None:
             journal.close()
     return Recovered(incarnation_id, folder, "abandoned")
+
+
+async def end_incarnation(
+    pool: asyncpg.Pool, settings: Settings, incarnation_id: UUID, state: Literal["closed", "abandoned"]
+) -> None:
+    """Return what its leases have left and end it, in a transaction of its own; again is no change.
+
+    Raises UnknownIncarnation, and what PostgreSQL's absence raises.
+    """
+    for attempt in range(COLLISIONS_MAX):
+        try:
+            async with (
+                asyncio.timeout(2 * settings.database_timeout_s),
+                pool.acquire() as connection,
+                connection.transaction(),
+            ):
+                await read_place(connection, incarnation_id)  # raises UnknownIncarnation
+                await close_incarnation(connection, incarnation_id, state)
+                return
+        except COLLIDED:
+            if attempt + 1 == COLLISIONS_MAX:
+                raise
 
 
 class Recovery:
@@ -215,24 +239,6 @@ async def _lives_elsewhere(pool: asyncpg.Pool, settings: Settings, incarnation_i
             incarnation_id, host, SILENT_S,
         )  # fmt: skip
     return bool(lives)
-
-
-async def _close(
-    pool: asyncpg.Pool, settings: Settings, incarnation_id: UUID, state: Literal["closed", "abandoned"]
-) -> None:
-    for attempt in range(COLLISIONS_MAX):
-        try:
-            async with (
-                asyncio.timeout(2 * settings.database_timeout_s),
-                pool.acquire() as connection,
-                connection.transaction(),
-            ):
-                await read_place(connection, incarnation_id)  # raises UnknownIncarnation
-                await close_incarnation(connection, incarnation_id, state)
-                return
-        except COLLIDED:
-            if attempt + 1 == COLLISIONS_MAX:
-                raise
 
 
 def _incarnation_of(folder: Path) -> UUID | None:

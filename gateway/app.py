@@ -130,24 +130,7 @@ class Gateway:
             usage_pending=lambda: journal.pending, is_full=lambda: journal.is_full,
         )  # fmt: skip
 
-        app = web.Application(middlewares=[edge], client_max_size=settings.body_bytes_max)
-        app[services.SETTINGS] = settings
-        app[services.KEYRING] = keyring
-        app[services.ACCOUNTS] = AccountStore(self._pool, self._valkey)
-        app[services.LIFECYCLE] = self.lifecycle
-        app[services.KEYED_TURNS] = self.keyed_turns
-        app[services.REGISTRY] = self.registry
-        app[services.NODES] = nodes
-        app[services.NETWORKS] = networks
-        app[services.LOAD] = self._load
-        app[services.PRICES] = prices
-        app[services.HEALTH] = self.health
-        app[services.METRICS] = self.metrics
-        pages = docs.ApiDocs()
-        route_sets = (*ROUTES, pages.routes)
-        pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
-        add_to(app, route_sets)
-
+        app = self._application(keyring, nodes, networks, prices)
         await self.health.check()
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
@@ -167,6 +150,30 @@ class Gateway:
             *self.money.parts(),
         )
         await self._listen(app, sock)
+
+    def _application(
+        self, keyring: KeyRing, nodes: NodeStore, networks: AllowedNetworks, prices: PriceBook
+    ) -> web.Application:
+        """The routes, and under typed keys what their handlers need."""
+        settings = self.settings
+        app = web.Application(middlewares=[edge], client_max_size=settings.body_bytes_max)
+        app[services.SETTINGS] = settings
+        app[services.KEYRING] = keyring
+        app[services.ACCOUNTS] = AccountStore(self._pool, self._valkey)
+        app[services.LIFECYCLE] = self.lifecycle
+        app[services.KEYED_TURNS] = self.keyed_turns
+        app[services.REGISTRY] = self.registry
+        app[services.NODES] = nodes
+        app[services.NETWORKS] = networks
+        app[services.LOAD] = self._load
+        app[services.PRICES] = prices
+        app[services.HEALTH] = self.health
+        app[services.METRICS] = self.metrics
+        pages = docs.ApiDocs()
+        route_sets = (*ROUTES, pages.routes)
+        pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
+        add_to(app, route_sets)
+        return app
 
     def _begin(self, *coroutines: Coroutine[Any, Any, None]) -> None:
         for coroutine in coroutines:

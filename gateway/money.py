@@ -16,11 +16,12 @@ import asyncpg
 from redis.asyncio import Redis
 
 from billing.idempotency import IdempotencyStore
-from billing.incarnations import Incarnation, close_incarnation, register
+from billing.incarnations import Incarnation, register
 from billing.journal import Journal, journal_root
 from billing.leases import SpendLeases
 from billing.limits import Limiter
-from billing.recovery import Recovery
+from billing.recovery import Recovery, end_incarnation
+from billing.shipment import UnknownIncarnation
 from billing.shipper import Shipper
 from config.changes import ChangeFeed, wake_feeds
 from config.clock import Clock
@@ -36,7 +37,7 @@ REGISTER_RETRY_S = 0.5
 
 
 class Money:
-    """One worker's. `open` makes it; give `parts` a task each; `close` it when every turn has ended."""
+    """One worker's. `register` it, give `parts` a task each, `close` it when every turn has ended."""
 
     def __init__(
         self,
@@ -65,13 +66,14 @@ class Money:
         )
         self.claims = IdempotencyStore(pool, settings, pepper)
         self._recovery = Recovery(root, pool, settings, metrics)
+        self._is_registered = False
         feed.on("wallet", self.leases.forget_wallet)
         feed.on("account", self.leases.forget_wallet)
         feed.on("recall", self.leases.recall)
         feed.on("budget", self.leases.forget_budget)
 
-    async def register(self) -> bool:
-        """Make the incarnation known; False where PostgreSQL is away. Nothing can be leased before."""
+    async def register(self) -> None:
+        """Make the incarnation known, before which nothing can be leased; `parts` go on trying where PostgreSQL is away."""
         try:
             await register(
                 self._pool, self._settings, folder=self.journal.folder, host=socket.gethostname(),
@@ -79,8 +81,8 @@ class Money:
             )  # fmt: skip
         except AWAY as error:
             log.warning("the worker can't register: %s", error, extra={"action": "unregistered"})
-            return False
-        return True
+        else:
+            self._is_registered = True
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """What runs beside the turns."""
@@ -94,8 +96,9 @@ class Money:
         ]
 
     async def _lease(self) -> None:
-        while not await self.register():  # noqa: ASYNC110 - PostgreSQL tells nobody when it is back
+        while not self._is_registered:
             await asyncio.sleep(REGISTER_RETRY_S)
+            await self.register()
         await self.leases.run()
 
     def set_gauges(self) -> None:
@@ -116,13 +119,8 @@ class Money:
 
     async def _ended(self) -> bool:
         try:
-            async with (
-                asyncio.timeout(self._settings.database_timeout_s),
-                self._pool.acquire() as connection,
-                connection.transaction(),
-            ):
-                await close_incarnation(connection, self.incarnation.id, "closed")
-        except AWAY as error:
+            await end_incarnation(self._pool, self._settings, self.incarnation.id, "closed")
+        except (*AWAY, UnknownIncarnation) as error:
             log.warning("leases could not be returned: %s", error, extra={"action": "leases_left"})
             return False
         return True
