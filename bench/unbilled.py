@@ -76,7 +76,7 @@ class Unbilled:
     claims = None
 
     def __init__(self, settings: Settings, *, clock: Clock, **_: object) -> None:
-        self.incarnation = Incarnation(uuid7(), Path("none"), clock.now())
+        self.incarnation = Incarnation(uuid7(), Path("none"))
         self.journal = NoJournal()
         self.leases = NoLeases()
         self.limiter = NoLimits()

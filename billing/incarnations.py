@@ -36,7 +36,6 @@ class Incarnation:
 
     id: UUID
     folder: Path  # of its journal
-    started_at: float  # unix seconds, by PostgreSQL's clock
 
 
 async def register(
@@ -49,13 +48,12 @@ async def register(
     """
     made = incarnation_id or uuid7()
     async with asyncio.timeout(settings.database_timeout_s):
-        started_at = await pool.fetchval(
+        await pool.execute(
             "insert into incarnations (id, host, pid, journal) values ($1, $2, $3, $4)"
-            " on conflict (id) do update set pid = excluded.pid"
-            " returning extract(epoch from started_at)::float8",
+            " on conflict (id) do nothing",
             made, host, pid, str(folder),
         )  # fmt: skip
-    return Incarnation(made, folder, started_at)
+    return Incarnation(made, folder)
 
 
 async def close_incarnation(

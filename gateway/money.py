@@ -56,7 +56,7 @@ class Money:
         incarnation_id = uuid7()
         root = journal_root(settings)
         self.journal = Journal.open(root, incarnation_id, settings)
-        self.incarnation = Incarnation(incarnation_id, self.journal.folder, clock.now())
+        self.incarnation = Incarnation(incarnation_id, self.journal.folder)
         self._shipper = Shipper(pool, settings, self.journal, metrics)
         self.leases = SpendLeases(
             pool, self.incarnation, settings, clock, metrics, wake=partial(wake_feeds, valkey)

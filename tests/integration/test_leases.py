@@ -550,7 +550,7 @@ async def test_before_it_is_registered_a_process_can_tell_nothing_and_is_not_los
     pool: asyncpg.Pool, settings: Settings
 ) -> None:
     account = await make_account(pool, "acme", CHARGE)
-    made = Incarnation(uuid7(), Path("/nowhere"), 0.0)
+    made = Incarnation(uuid7(), Path("/nowhere"))
     leases = SpendLeases(pool, made, settings, SystemClock())
     with pytest.raises(BillingUnavailable):
         await leases.hold(account, CHARGE, ())
