@@ -58,6 +58,23 @@ class Settings:
         high=65536,
         unit="bytes",
     )
+    head_timeout_s: float = knob(
+        20.0,
+        "a new connection must bring its request's whole head within this; a slow one holds a descriptor",
+        low=0.1,
+        high=3600,
+        unit="seconds",
+    )
+    client_idle_s: float = knob(
+        620.0,
+        "a connection without a request is closed after this: longer than balancers keep theirs (Google's 600 s)",
+        low=0.1,
+        high=86400,
+        unit="seconds",
+    )
+    cors_origins: str = knob(
+        "", "origins whose pages may read answers, comma separated, or `*`; empty: none, as keys belong on servers"
+    )
     answer_bytes_max: int = knob(
         64 * 2**20,
         "largest answer of an engine that is not a stream (logprobs of n answers are the largest)",
@@ -70,6 +87,14 @@ class Settings:
         "how long begun turns may go on after SIGTERM before they are cut",
         low=0,
         high=3600,
+        unit="seconds",
+    )
+
+    drain_idle_s: float = knob(
+        2.0,
+        "after SIGTERM a connection without a request may bring one for so long, which is answered with a close",
+        low=0,
+        high=600,
         unit="seconds",
     )
 

@@ -92,29 +92,42 @@ class Admission:
         self._counting = 0
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
+    def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
+        """The turn, if memory alone can tell that it may begin; None: `admit` may find a way. Raises ApiError."""
+        funding, now = self._funded(ask, principal)
+        hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
+        if hold is None:
+            return None
+        quota = self._limiter.try_admit(principal.subjects, limit_tokens(funding.bound))
+        if quota is None:
+            hold.void()
+            return None
+        return _turn(ask, principal, request_id, funding, hold, quota, now)
+
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
-        model = ask.body["model"]
-        engines = self._engines(ask, principal, model)
-        if self._is_full():
-            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
-        now = self._clock.now()
-        funding = self._funding(ask, engines, self._prices.price(model, now))
+        funding, now = self._funded(ask, principal)
         quota = await self._quota(principal, limit_tokens(funding.bound))
         try:
             hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
             if hold is None:
+                engines = self._engines(ask, principal, ask.body["model"])
                 hold = await self._hold(ask, principal, funding, engines)
         except BaseException as error:
             quota.end(0)
             if isinstance(error, ApiError):
                 error.headers |= quota.headers
             raise
-        turn_id = uuid.UUID(request_id.removeprefix("req_"))
-        return Turn(
-            turn_id, request_id, principal, ask, model, funding.price, funding.bound, hold, quota, now,
-            headers=quota.headers | funding.headers if funding.headers else quota.headers,
-        )  # fmt: skip
+        return _turn(ask, principal, request_id, funding, hold, quota, now)
+
+    def _funded(self, ask: Ask, principal: Principal) -> tuple[Funding, float]:
+        """What the turn needs at most, and its time, by which it is priced."""
+        model = ask.body["model"]
+        engines = self._engines(ask, principal, model)
+        if self._is_full():
+            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
+        now = self._clock.now()
+        return self._funding(ask, engines, self._prices.price(model, now)), now
 
     def _engines(self, ask: Ask, principal: Principal, model: str) -> tuple[Engine, ...]:
         """Those that serve the model now. Raises ModelNotFound, and NoNodeAvailable for a model that is only priced."""
@@ -222,3 +235,12 @@ class Admission:
             return False
         funding.bound = replace(funding.bound, prompt_tokens=tokens)
         return True
+
+
+def _turn(
+    ask: Ask, principal: Principal, request_id: str, funding: Funding, hold: Hold, quota: Quota, now: float
+) -> Turn:
+    turn_id = uuid.UUID(request_id.removeprefix("req_"))
+    headers = quota.headers | funding.headers if funding.headers else quota.headers
+    model, price, bound = ask.body["model"], funding.price, funding.bound
+    return Turn(turn_id, request_id, principal, ask, model, price, bound, hold, quota, now, headers=headers)

@@ -22,13 +22,18 @@ from config.valkey import open_valkey
 from gateway import VERSION
 from gateway.admission import Admission
 from gateway.api import services
+from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
 from gateway.api.provider import heartbeat
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
-from gateway.edge import bad_request_handler, edge
+from gateway.edge.cors import Cors
+from gateway.edge.door import Door
+from gateway.edge.handover import ClientProtocol
+from gateway.edge.refusals import bad_request_handler, edge
+from gateway.edge.turns import EdgeTurns
 from gateway.health import Health
 from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
@@ -38,7 +43,6 @@ from gateway.identity.secrets import load_pepper
 from gateway.lifecycle import Lifecycle
 from gateway.money import Money
 from gateway.records import TurnRecords
-from gateway.relay.downstream import ClientProtocol
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
 from nodes.heartbeats import AllowedNetworks, NodeStore
@@ -57,6 +61,16 @@ ROUTES: tuple[RouteSet, ...] = (
     heartbeat.routes,
     health.routes,
 )
+
+TURN_ROUTES: dict[bytes, AskOf] = {
+    b"/v1/chat/completions": chat.chat_ask,
+    b"/v1/completions": chat.completion_ask,
+    b"/v1/embeddings": embeddings.embeddings_ask,
+    b"/v1/responses": responses.responses_ask,
+    b"/v1/complete": complete.complete_ask,
+    b"/v1/complete/stream": complete.complete_stream_ask,
+}
+"""What the edge serves itself where a request is plain."""
 
 GAUGES_S = 1.0
 """How often gauges are set."""
@@ -144,6 +158,7 @@ class Gateway:
             self._load.run(),
             self._records.run(),
             self.health.run(),
+            self.lifecycle.run_clock(),
             Caretaker(self._watch_pool, self._pool, settings).run(),
             self._set_gauges(),
             self._watch_leases(),
@@ -169,6 +184,7 @@ class Gateway:
         app[services.PRICES] = prices
         app[services.HEALTH] = self.health
         app[services.METRICS] = self.metrics
+        app[services.CORS] = Cors(settings)
         pages = docs.ApiDocs()
         route_sets = (*ROUTES, pages.routes)
         pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
@@ -193,29 +209,31 @@ class Gateway:
         self.failed.set()
 
     async def _listen(self, app: web.Application, sock: socket.socket) -> None:
+        """From here on connections are taken: by the edge, which lends aiohttp what it does not serve itself."""
         settings = self.settings
         options: dict[str, Any] = {
             "access_log": None,
             "max_line_size": settings.header_bytes_max,
             "max_field_size": settings.header_bytes_max,
             "auto_decompress": False,  # a small body must not become a large one in memory
+            "keepalive_timeout": settings.client_idle_s,
         }
         self._runner = web.AppRunner(app, handler_cancellation=True, **options)
         await self._runner.setup()
-        manager = self._runner.server
         loop = asyncio.get_running_loop()
-        on_bad_request = bad_request_handler(self.metrics)
-
-        def connection() -> ClientProtocol:
-            return ClientProtocol(
-                manager,
-                loop=loop,
-                on_bad_request=on_bad_request,
-                buffer_bytes=settings.stream_buffer_bytes,
-                **options,
-            )
-
-        self._servers.append(await loop.create_server(connection, sock=sock, backlog=4096))
+        handler = partial(
+            ClientProtocol, self._runner.server, loop=loop, on_bad_request=bad_request_handler(self.metrics),
+            buffer_bytes=settings.stream_buffer_bytes, **options,
+        )  # fmt: skip
+        turns = EdgeTurns(
+            settings, routes=TURN_ROUTES, keyring=app[services.KEYRING], lifecycle=self.lifecycle,
+            keyed_turns=self.keyed_turns, metrics=self.metrics, is_draining=lambda: self.health.is_draining,
+        )  # fmt: skip
+        self.door = Door(
+            settings, turns=turns, handler=handler, cors=app[services.CORS], metrics=self.metrics
+        )
+        self._begin(self.door.run())
+        self._servers.append(await loop.create_server(self.door, sock=sock, backlog=4096))
 
     async def _probe(self, engine: Engine) -> bool:
         """One question to an engine whose breaker is open."""
@@ -249,7 +267,7 @@ class Gateway:
             server.close()
         manager = self._runner.server
         assert manager is not None
-        manager.pre_shutdown()  # idle connections close now, busy ones after their answer
+        self.door.drain()
         if not await self._ended_within(self.settings.shutdown_grace_s):
             log.warning(
                 "%d turns outlive the grace and are cut",
@@ -259,6 +277,7 @@ class Gateway:
             self.lifecycle.cut_all()
             await self._ended_within(CUT_S)
         await manager.shutdown(CUT_S)
+        self.door.close()
         await self._runner.cleanup()
         await self.keyed_turns.close(CUT_S)
         await self._end_tasks()
@@ -294,5 +313,6 @@ class Gateway:
 
     @property
     def _is_busy(self) -> bool:
-        """A keyed request may be at its claim, or at its turn's ending, which the lifecycle does not see."""
-        return bool(self.lifecycle.in_flight or self.keyed_turns.in_flight)
+        """A keyed request may be at its claim, or at its turn's ending, which the lifecycle does not see; and an idle
+        connection may bring a last request for a little while."""
+        return bool(self.lifecycle.in_flight or self.keyed_turns.in_flight) or not self.door.is_idle

@@ -23,11 +23,19 @@ from gateway.errors import NoNodeAvailable
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens
 from gateway.relay.exchange import Delivery, stream, whole
-from gateway.relay.faults import EngineFault, check_answer, unreachable
+from gateway.relay.faults import (
+    EngineFault,
+    broken,
+    check_answer,
+    fault_of_answer,
+    too_large,
+    too_long,
+    unreachable,
+)
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
 from gateway.relay.tokens import estimate
-from gateway.relay.upstream import ConnectFailed, UpstreamConnection, request_bytes
+from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPool
 from gateway.relay.upstreams import Upstreams
 from gateway.turn import Turn
 from nodes.registry import Registry
@@ -68,38 +76,77 @@ class Dispatcher:
         self._salts: dict[int, str] = {}
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
         self.upstreams = Upstreams(settings)
+        self.flights: set[Flight] = set()
+        self.answer_bytes_max = settings.answer_bytes_max
 
-    async def dispatch(self, turn: Turn, down: Downstream) -> None:
-        """Try engines until one answers; another one only while the client got nothing but comments. Raises ApiError."""
-        body = self._engine_body(turn)
-        tokens = len(body) // BYTES_PER_TOKEN + _expected_output(turn)
+    async def dispatch(self, turn: Turn, down: Downstream, failed: "Flight | None" = None) -> None:
+        """Try engines until one answers; another one only while the client got nothing but comments. Raises ApiError.
+
+        `failed`: the attempt without a task that was made before; what ended it is raised unless another one may mend it.
+        """
+        turn.sent = self._engine_body(turn)
+        tokens = _load_tokens(turn)
         tried: list[Engine] = []
         faults: list[EngineFault] = []
-        while len(tried) < self._settings.dispatch_attempts_max:
+        if failed is not None and not isinstance(failed.error, Stale):
+            if not isinstance(failed.error, EngineFault):
+                assert failed.error is not None
+                raise failed.error
+            tried.append(failed.engine)
+            faults.append(failed.error)
+        while not faults or self._may_go_on(turn, tried, faults[-1]):
             engine = self._choose(turn, tokens, tried, faults)
             tried.append(engine)
-            turn.engine = engine
-            load = engine.load
-            load.turns += 1
-            load.tokens += tokens
-            engine.breaker.began()
+            _begin(turn, engine, tokens)
             try:
-                await self._attempt(turn, engine, body, down)
+                await self._attempt(turn, engine, down)
                 self._judge(tried, faults, is_answered=True)
                 return
             except EngineFault as fault:
                 faults.append(fault)
-                self._note(turn, engine, fault)
-                is_begun = turn.first_event_s is not None and not turn.ask.gathers
-                turn.outcome = "engine_failed" if fault.may_retry or is_begun else "refused"
-                if is_begun or not fault.may_retry:
-                    break
+                self._fail(turn, engine, fault)
             finally:
-                engine.breaker.ended()
-                load.turns -= 1
-                load.tokens -= tokens
+                _end(engine, tokens)
         self._judge(tried, faults, is_answered=False)
         raise faults[-1].error
+
+    def _may_go_on(self, turn: Turn, tried: list[Engine], last: EngineFault) -> bool:
+        is_begun = turn.first_event_s is not None and not turn.ask.gathers
+        return not is_begun and last.may_retry and len(tried) < self._settings.dispatch_attempts_max
+
+    def _fail(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
+        self._note(turn, engine, fault)
+        is_begun = turn.first_event_s is not None and not turn.ask.gathers
+        turn.outcome = "engine_failed" if fault.may_retry or is_begun else "refused"
+
+    # --- without a task -----------------------------------------------------------------------------------------
+
+    def launch(self, turn: Turn, down: Downstream, landed: Callable[["Flight"], None]) -> "Flight | None":
+        """Ask for a whole answer on an idle connection, moved along by that connection's callbacks. `landed` is called once,
+        when the answer went out or with the flight's `error` set, from where `dispatch` goes on.
+
+        None: this turn takes a task. Raises NoNodeAvailable.
+        """
+        if turn.ask.tap is not None:
+            return None
+        turn.sent = self._engine_body(turn)
+        tokens = _load_tokens(turn)
+        engine = self._choose(turn, tokens, [], [])
+        pool = self.upstreams.pool(engine)
+        connection = pool.idle()
+        if connection is None:
+            return None
+        _begin(turn, engine, tokens)
+        flight = Flight(self, turn, connection, tokens, down, landed)
+        self.flights.add(flight)
+        connection.begin(pool.request(turn.ask.engine_path, turn.request_id, turn.sent), flight.news)
+        return flight
+
+    def end_late(self) -> None:
+        """End the flights whose answers take longer than `answer_timeout_s`; to be called every now and then."""
+        oldest_s = time.monotonic() - self._settings.answer_timeout_s
+        for flight in [flight for flight in self.flights if flight.begun_s < oldest_s]:
+            flight.fail(too_long())
 
     def _judge(self, tried: list[Engine], faults: list[EngineFault], *, is_answered: bool) -> None:
         """Tell the breakers. When every engine failed at one turn, the turn may be to blame: then only the first one tried
@@ -152,14 +199,13 @@ class Dispatcher:
 
     # --- one attempt ------------------------------------------------------------------------------------------
 
-    async def _attempt(self, turn: Turn, engine: Engine, body: bytes, down: Downstream) -> None:
+    async def _attempt(self, turn: Turn, engine: Engine, down: Downstream) -> None:
         """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it."""
         pool = self.upstreams.pool(engine)
-        request = request_bytes(engine.authority, turn.ask.engine_path, turn.request_id, body)
         connection = pool.idle()
         if connection is not None:
             try:
-                await self._exchange(turn, connection, request, down)
+                await self._exchange(turn, pool, connection, down)
                 return
             except EngineFault:
                 if not connection.was_stale:
@@ -168,14 +214,14 @@ class Dispatcher:
             connection = await pool.connect()
         except ConnectFailed as error:
             raise unreachable(str(error)) from error
-        await self._exchange(turn, connection, request, down)
+        await self._exchange(turn, pool, connection, down)
 
     async def _exchange(
-        self, turn: Turn, connection: UpstreamConnection, request: bytes, down: Downstream
+        self, turn: Turn, pool: UpstreamPool, connection: UpstreamConnection, down: Downstream
     ) -> None:
         """One request on one connection, which is kept if all went well and closed at once if not."""
         begun_s = time.monotonic()
-        connection.begin(request)
+        connection.begin(pool.request(turn.ask.engine_path, turn.request_id, turn.sent))
         try:
             await self._relay(turn, connection, down)
         except BaseException:
@@ -192,10 +238,10 @@ class Dispatcher:
 
     async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
         ask = turn.ask
-        headers = {"x-request-id": turn.request_id, **turn.headers}
         if ask.tap is None:
-            await self._relay_whole(turn, connection, down, headers)
+            await self._relay_whole(turn, connection, down)
             return
+        headers = {"x-request-id": turn.request_id, **turn.headers}
         tap = ask.tap()
         ends_at_s = None
         if ask.time_limit_s is not None:
@@ -226,19 +272,108 @@ class Dispatcher:
         else:
             down.finish(tap.ending(cost_minor))
 
-    async def _relay_whole(
-        self, turn: Turn, connection: UpstreamConnection, down: Downstream, headers: dict[str, str]
-    ) -> None:
+    async def _relay_whole(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
         body = await whole(connection, self._settings)
-        check_answer(body)
+        self.answer(turn, connection.status, body, down)
+
+    def answer(self, turn: Turn, status: int, body: bytes, down: Downstream) -> None:
+        """Settle by what a whole answer counts, then send it. Raises EngineFault for one that is none, and ClientGone."""
+        if status != 200:
+            raise fault_of_answer(status, body)
+        answer = check_answer(body)
         if down.is_gone:
             raise ClientGone
         turn.first_event()
-        turn.delivered(answer_tokens(body) or _estimated(turn.ask.body, body))
+        turn.delivered(answer_tokens(answer) or _estimated(turn.ask.body, body))
         turn.outcome, turn.status = "finished", 200
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
-        down.answer(200, JSON | headers, add_cost(body, cost_minor))
+        down.answer(
+            200, {"x-request-id": turn.request_id, **JSON, **turn.headers}, add_cost(body, cost_minor)
+        )
+
+    def landed(self, flight: "Flight") -> None:
+        """A flight is over; what its engine did is noted as after any attempt."""
+        self.flights.discard(flight)
+        _end(flight.engine, flight.tokens)
+        if isinstance(flight.error, EngineFault):
+            self._fail(flight.turn, flight.engine, flight.error)
+
+
+class Stale(Exception):
+    """An idle connection turned out to be closed, which says nothing of its engine: the turn may begin again."""
+
+
+class Flight:
+    """A whole answer's first attempt, without a task. `error`: why there is no answer; see `Dispatcher.launch`."""
+
+    __slots__ = (
+        "_connection",
+        "_dispatcher",
+        "_down",
+        "_landed",
+        "begun_s",
+        "engine",
+        "error",
+        "tokens",
+        "turn",
+    )
+
+    def __init__(
+        self, dispatcher: Dispatcher, turn: Turn, connection: UpstreamConnection, tokens: int, down: Downstream,
+        landed: Callable[["Flight"], None],
+    ) -> None:  # fmt: skip
+        assert turn.engine is not None
+        self.turn = turn
+        self.engine = turn.engine
+        self.tokens = tokens
+        self.error: Exception | None = None
+        self.begun_s = time.monotonic()
+        self._dispatcher = dispatcher
+        self._connection: UpstreamConnection | None = connection
+        self._down = down
+        self._landed = landed
+
+    def news(self) -> None:
+        """Something came of the answer, or it is over."""
+        connection = self._connection
+        if connection is None:  # the end of one that was closed here
+            return
+        if not connection.is_over:
+            if connection.buffered > self._dispatcher.answer_bytes_max:
+                self.fail(too_large())
+            else:
+                connection.read_on()
+        elif connection.failure is not None:
+            self.fail(Stale() if connection.was_stale else broken(str(connection.failure)))
+        else:
+            self._answer(connection)
+
+    def _answer(self, connection: UpstreamConnection) -> None:
+        body = connection.take()
+        try:
+            self._dispatcher.answer(self.turn, connection.status, body, self._down)
+        except Exception as error:  # noqa: BLE001 - it is told to whoever goes on from here
+            self.fail(error)
+        else:
+            self._connection = None
+            connection.release()
+            self.engine.breaker.succeeded(self.begun_s)
+            self._dispatcher.landed(self)
+            self._landed(self)
+
+    def fail(self, error: Exception) -> None:
+        """There is no answer, because of `error`."""
+        self.error = error
+        self.abandon()
+        self._landed(self)
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: the engine stops its work."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+            self._dispatcher.landed(self)
 
 
 def _expected_output(turn: Turn) -> int:
@@ -250,3 +385,23 @@ def _expected_output(turn: Turn) -> int:
 def _estimated(asked: dict[str, Any], answer: bytes) -> Tokens:
     prompt, completion = estimate(asked, answer)
     return Tokens(prompt=prompt, completion=completion, estimated=True)
+
+
+def _load_tokens(turn: Turn) -> int:
+    """What a turn counts for as load on its engine."""
+    return len(turn.sent) // BYTES_PER_TOKEN + _expected_output(turn)
+
+
+def _begin(turn: Turn, engine: Engine, tokens: int) -> None:
+    turn.engine = engine
+    load = engine.load
+    load.turns += 1
+    load.tokens += tokens
+    engine.breaker.began()
+
+
+def _end(engine: Engine, tokens: int) -> None:
+    engine.breaker.ended()
+    load = engine.load
+    load.turns -= 1
+    load.tokens -= tokens

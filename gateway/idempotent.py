@@ -71,9 +71,8 @@ class RunTurn(Protocol):
         ...
 
 
-def key_of(headers: Mapping[str, str]) -> str | None:
-    """The request's key, if it has one. Raises BadRequest for one that can't be used."""
-    key = headers.get(HEADER)
+def key_of(key: str | None) -> str | None:
+    """What a request's HEADER says, if it has one. Raises BadRequest for a key that can't be used."""
     if key is not None and VISIBLE.fullmatch(key) is None:
         raise BadRequest(
             f"An {HEADER} has 1 to {KEY_CHARS_MAX} visible ASCII characters, and no spaces.",

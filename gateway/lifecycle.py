@@ -14,7 +14,7 @@ from billing.prices import cost_nano
 from billing.usage import UsageRecord
 from config.defaults import Settings
 from gateway.admission import Admission
-from gateway.dispatch import Dispatcher
+from gateway.dispatch import Dispatcher, Flight
 from gateway.errors import ApiError, Unavailable, error_event
 from gateway.identity.keyring import Principal
 from gateway.relay.downstream import ClientGone, Downstream
@@ -24,6 +24,14 @@ from gateway.turn import OVERRUN_STEP, Ask, Turn
 from nodes.registry import Registry
 
 log = logging.getLogger("poolgate.turns")
+
+LATE_S = 1.0
+"""How often turns without a task are looked at for being late: `answer_timeout_s` is minutes."""
+
+
+def restarting() -> Unavailable:
+    """What a turn is told that outlives its process's grace."""
+    return Unavailable("The service is restarting. Try again.", retry_after_s=1)
 
 
 class Lifecycle:
@@ -58,11 +66,15 @@ class Lifecycle:
         """One whole turn. Raises ApiError only while nothing was sent to the client."""
         turn = await self._admission.admit(ask, principal, request_id)
         turn.idempotency_key = idempotency_key
+        return await self.carry(turn, down)
+
+    async def carry(self, turn: Turn, down: Downstream, flight: Flight | None = None) -> Turn:
+        """An admitted turn, or what a flight left of one, to its end. Raises ApiError only while nothing was sent."""
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         try:
-            await self._dispatcher.dispatch(turn, down)
+            await self._dispatcher.dispatch(turn, down, flight)
         except ApiError as error:
             self._refuse(turn, down, error)
         except asyncio.CancelledError:
@@ -71,7 +83,7 @@ class Lifecycle:
                 raise
             task.uncancel()
             turn.outcome = "cut"
-            self._refuse(turn, down, Unavailable("The service is restarting. Try again.", retry_after_s=1))
+            self._refuse(turn, down, restarting())
         except ClientGone:
             turn.outcome = "client_gone"
             raise
@@ -83,6 +95,35 @@ class Lifecycle:
             self._cut.discard(task)
             self._settle(turn)
         return turn
+
+    # --- without a task -----------------------------------------------------------------------------------------
+
+    def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
+        """The turn, if memory alone can tell that it may begin; None: `run` it. Raises ApiError."""
+        return self._admission.try_admit(ask, principal, request_id)
+
+    def launch(self, turn: Turn, down: Downstream, landed: Callable[[Flight], None]) -> Flight | None:
+        """Send an admitted turn off without a task; None: `carry` it. Raises ApiError, having sent nothing.
+
+        `landed` is called once, when the answer was sent, or with `flight.error` set, and then `carry` goes on from there.
+        """
+        try:
+            return self._dispatcher.launch(turn, down, landed)
+        except ApiError as error:
+            self._refuse(turn, down, error)
+            raise
+        except Exception:
+            turn.outcome, turn.status = "crashed", ApiError.status
+            self._settle(turn)
+            raise
+
+    def leave(self, turn: Turn, flight: Flight | None) -> None:
+        """The client of a turn that no task sees to has left."""
+        if flight is not None:
+            flight.abandon()
+        if not turn.is_settled:
+            turn.outcome = "client_gone"
+            self._settle(turn)
 
     def _refuse(self, turn: Turn, down: Downstream, error: ApiError) -> None:
         """Say `error` in the way that is still open: raised while nothing was sent, else as the stream's last event."""
@@ -101,13 +142,22 @@ class Lifecycle:
     @property
     def in_flight(self) -> int:
         """Turns that have not ended."""
-        return len(self._running)
+        return len(self._running) + len(self._dispatcher.flights)
 
     def cut_all(self) -> None:
         """End every turn now, charged for what was delivered, its client told."""
         for task in list(self._running):
             self._cut.add(task)
             task.cancel()
+        for flight in list(self._dispatcher.flights):
+            flight.turn.outcome = "cut"
+            flight.fail(restarting())
+
+    async def run_clock(self) -> None:
+        """End what takes longer than it may and has no task to see to it, until cancelled."""
+        while True:
+            await asyncio.sleep(LATE_S)
+            self._dispatcher.end_late()
 
     def _covers(self, turn: Turn, tokens: Tokens) -> int:
         """Output tokens that are paid for, once an engine went past the limit: the hold grows while the lease has room."""

@@ -6,7 +6,7 @@ Holds what is known of it so far and nothing that acts; `gateway.lifecycle` move
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from billing.holds import Bound
@@ -27,18 +27,21 @@ OVERRUN_STEP = 64
 """Tokens that an engine may pass a limit by at a time, each step paid for before the next. What it says it did beyond
 that is not believed: a provider could else say anything and be paid for it."""
 
+NO_TOKENS = Tokens()
+"""Nothing was delivered; never changed."""
+
 CLIENT_CLOSED = 499
 """Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """What a surface asks of the lifecycle: a validated body, and how its answer is to be read and given.
 
     `tap` makes the filter of one attempt, for a stream; without it the engine is asked for one whole answer. `gathers`:
     the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
     request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the
-    price online (a batch's turns cost less).
+    price online (a batch's turns cost less). Nothing of it changes but `body`. (Frozen, it takes thrice as long to make.)
     """
 
     route: str
@@ -58,7 +61,10 @@ class Ask:
 
 @dataclass(slots=True)
 class Turn:
-    """One request in flight. `tokens` are those to be charged: what was written to the client, not what was produced."""
+    """One request in flight. `tokens` are those to be charged: what was written to the client, not what was produced.
+
+    `sent` is the body for the engine; a stream that has begun needs neither it nor the request's body any more.
+    """
 
     id: uuid.UUID
     request_id: str
@@ -72,7 +78,8 @@ class Turn:
     started_at: float
     started_s: float = field(default_factory=time.monotonic)
     engine: Engine | None = None
-    tokens: Tokens = field(default_factory=Tokens)
+    tokens: Tokens = field(default_factory=lambda: NO_TOKENS)
+    sent: bytes = b""
     outcome: Outcome = "refused"
     status: int = 0
     first_event_s: float | None = None
@@ -87,6 +94,11 @@ class Turn:
     def first_event(self) -> None:
         """The engine's first event is here; a retry starts its time anew."""
         self.first_event_s = time.monotonic()
+        if (
+            self.ask.is_stream
+        ):  # thousands of streams wait for their next token for minutes, each with its prompt
+            self.sent = b""
+            self.ask.body = {}
 
     def delivered(self, tokens: Tokens) -> None:
         """What is to be charged: what an engine counted, as far as it can be. No prompt is longer than its bound, and an
@@ -98,7 +110,7 @@ class Turn:
             tokens.prompt,
             tokens.completion,
         )
-        self.tokens = replace(tokens, prompt=prompt, completion=completion)
+        self.tokens = Tokens(prompt, tokens.cached, completion, tokens.estimated)
 
     @property
     def paid_tokens(self) -> int:

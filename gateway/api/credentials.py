@@ -7,7 +7,7 @@ from aiohttp import web
 
 from gateway.api.services import KEYRING
 from gateway.errors import Forbidden, InvalidApiKey, Unavailable
-from gateway.identity.keyring import IdentityUnavailable, InvalidKey, Principal
+from gateway.identity.keyring import IdentityUnavailable, InvalidKey, KeyRing, Principal
 
 NO_KEY = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' (or in X-API-Key, x-renter-key or ?key=)."
 
@@ -34,12 +34,11 @@ async def authenticate(request: web.Request, scope: str) -> Principal:
     secret = presented_key(request)
     if secret is None:
         raise InvalidApiKey(NO_KEY)
-    return await principal_of(request, secret, scope)
+    return await principal_of(request.app[KEYRING], secret, scope)
 
 
-async def principal_of(request: web.Request, secret: str, scope: str) -> Principal:
+async def principal_of(keyring: KeyRing, secret: str, scope: str) -> Principal:
     """The principal of `secret`. Raises InvalidApiKey, Forbidden or Unavailable."""
-    keyring = request.app[KEYRING]
     principal = keyring.lookup(secret)
     if principal is None:
         try:
@@ -50,6 +49,11 @@ async def principal_of(request: web.Request, secret: str, scope: str) -> Princip
             raise Unavailable(
                 "Keys can't be checked right now. Try again shortly.", retry_after_s=2
             ) from None
+    check_scope(principal, scope)
+    return principal
+
+
+def check_scope(principal: Principal, scope: str) -> None:
+    """Raises Forbidden unless a key has it."""
     if scope not in principal.scopes:
         raise Forbidden(f"This key may not do that: it lacks the scope '{scope}'.")
-    return principal

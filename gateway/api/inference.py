@@ -9,52 +9,69 @@ import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from config.defaults import Settings
 from gateway.api.credentials import authenticate
-from gateway.api.services import HEALTH, KEYED_TURNS, LIFECYCLE, REQUEST_ID, SETTINGS
+from gateway.api.services import CORS, HEALTH, KEYED_TURNS, LIFECYCLE, REQUEST_ID, SETTINGS
+from gateway.edge.handover import ClientProtocol
 from gateway.errors import ApiError, BadRequest, BodyTooLarge, RequestTimeout
-from gateway.idempotent import key_of
+from gateway.idempotent import HEADER, key_of
 from gateway.relay.downstream import ClientGone, HttpDownstream, Relayed
 from gateway.turn import Ask
 
 log = logging.getLogger("poolgate.turns")
 
+SCOPE = "inference"
+"""What a key must be allowed to do."""
+
 JSON_TYPES = ("application/json", "application/octet-stream")
 """Octet-stream is what aiohttp calls a body without a Content-Type; OpenAI takes one."""
 
 
-async def infer(request: web.Request, ask_of: Callable[[bytes, web.Request], Ask]) -> web.StreamResponse:
-    """Run one turn for `request`; `ask_of` decodes its body."""
-    principal = await authenticate(request, "inference")
-    key = key_of(request.headers)
+AskOf = Callable[[bytes, Settings], Ask]
+"""Decodes a route's body into what it asks. Raises BadRequest."""
+
+
+async def infer(request: web.Request, ask_of: AskOf) -> web.StreamResponse:
+    """Run one turn for `request`, which came through aiohttp."""
+    app = request.app
+    principal = await authenticate(request, SCOPE)
+    key = key_of(request.headers.get(HEADER))
     is_here = request.content.is_eof()
     body = await read_body(request)
     if not is_here:  # it may have taken minutes, in which the key was revoked or its limits were changed
-        principal = await authenticate(request, "inference")
-    ask = ask_of(body, request)
-    app = request.app
+        principal = await authenticate(request, SCOPE)
+    ask = ask_of(body, app[SETTINGS])
+    protocol = request.protocol
+    assert isinstance(protocol, ClientProtocol)
     down = HttpDownstream(
-        request, stall_s=app[SETTINGS].client_stall_s, keeps_alive=not app[HEALTH].is_draining
-    )
+        protocol, is_http_11=request.version >= (1, 1), stall_s=app[SETTINGS].client_stall_s,
+        keep_alive=request.keep_alive and not app[HEALTH].is_draining,
+        own_headers=app[CORS].lines(request.headers.get("Origin")),
+    )  # fmt: skip
+    request_id = request[REQUEST_ID]
     try:
         if key is None:
-            await app[LIFECYCLE].run(ask, principal, request[REQUEST_ID], down)
+            await app[LIFECYCLE].run(ask, principal, request_id, down)
         else:
             turns = app[KEYED_TURNS]
             request_hash = turns.request_hash(request.method, request.path, body)
-            await turns.run(ask, principal, request[REQUEST_ID], down, key=key, request_hash=request_hash)
+            await turns.run(ask, principal, request_id, down, key=key, request_hash=request_hash)
     except ClientGone:
         return Relayed(down, whole=False)
     except ApiError:
         raise
-    except Exception:
+    except Exception as error:
         if not down.is_started:
             raise
-        log.exception(
-            "a turn failed inside poolgate",
-            extra={"action": "turn_crashed", "request_id": request[REQUEST_ID]},
-        )
+        log_crash(request_id, error)
         return Relayed(down, whole=False)
     return Relayed(down, whole=True)
+
+
+def log_crash(request_id: str, error: Exception) -> None:
+    """A turn whose answer had begun broke, by a fault of ours."""
+    extra = {"action": "turn_crashed", "request_id": request_id}
+    log.error("a turn failed inside poolgate", exc_info=error, extra=extra)
 
 
 async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes:

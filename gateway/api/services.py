@@ -5,6 +5,7 @@ from aiohttp import web
 from billing.prices import PriceBook
 from config.defaults import Settings
 from config.metrics import Metrics
+from gateway.edge.cors import Cors
 from gateway.health import Health
 from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
@@ -25,6 +26,7 @@ NETWORKS = web.AppKey("networks", AllowedNetworks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)
+CORS = web.AppKey("cors", Cors)
 METRICS = web.AppKey("metrics", Metrics)
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -90,6 +90,14 @@ class KeyRing:
         """From memory only; None: `load` knows more."""
         return self._known.get(hash_secret(self._pepper, secret))
 
+    def digest_of(self, secret: str) -> bytes:
+        """What a secret is known by, for `known`."""
+        return hash_secret(self._pepper, secret)
+
+    def known(self, digest: bytes) -> Principal | None:
+        """As `lookup`, of a secret whose digest was computed before."""
+        return self._known.get(digest)
+
     async def load(self, secret: str) -> Principal:
         """From memory or PostgreSQL; raises InvalidKey or IdentityUnavailable."""
         if not 0 < len(secret) <= SECRET_CHARS_MAX:

@@ -60,17 +60,27 @@ def error_body(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": "the engine sent an error", "code": 500}
 
 
-def tokens_of(usage: object) -> Tokens | None:
+COUNTS = ("prompt_tokens", "prompt_tokens_details", "completion_tokens")
+RESPONSES_COUNTS = ("input_tokens", "input_tokens_details", "output_tokens")
+"""What usage calls its prompt, the details with the cached part of that, and its answer."""
+
+
+def tokens_of(usage: object, names: tuple[str, str, str] = COUNTS) -> Tokens | None:
     """The counts of a decoded `usage` object in whatever order and spelling; None where there are none."""
     if not isinstance(usage, dict):
         return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-    details = usage.get("prompt_tokens_details")
+    prompt, details, completion = usage.get(names[0]), usage.get(names[1]), usage.get(names[2], 0)
     cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
-    counts = [count or 0 for count in (prompt, cached, completion)]
-    if not all(isinstance(count, int) and 0 <= count < COUNT_MAX for count in counts):
-        return None
-    return Tokens(counts[0], counts[1], counts[2])
+    tokens: Tokens = Tokens(prompt, cached or 0, completion or 0)  # type: ignore[arg-type] # looked at below
+    return (
+        tokens
+        if _is_count(tokens.prompt) and _is_count(tokens.cached) and _is_count(tokens.completion)
+        else None
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < COUNT_MAX
 
 
 def usage_tokens(match: "re.Match[bytes]") -> Tokens:
@@ -89,11 +99,10 @@ def responses_tokens(data: bytes) -> Tokens | None:
     return Tokens(int(match[1]), int(cached[1]) if cached else 0, int(match[2]))
 
 
-def answer_tokens(body: bytes) -> Tokens | None:
-    """Usage of an answer that is not a stream, of whichever of the four routes; None when the engine gave none."""
-    at = body.rfind(b',"usage":{')
-    match = USAGE.match(body, at) if at >= 0 else None
-    return usage_tokens(match) if match is not None else responses_tokens(body)
+def answer_tokens(answer: dict[str, Any]) -> Tokens | None:
+    """Usage of a decoded answer that is not a stream, of whichever of the four routes; None when the engine gave none."""
+    usage = answer.get("usage")
+    return tokens_of(usage, RESPONSES_COUNTS if isinstance(answer.get("output"), list) else COUNTS)
 
 
 def usage_dict(tokens: Tokens) -> dict[str, int]:

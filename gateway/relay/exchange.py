@@ -13,7 +13,14 @@ from typing import Any
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, error_of, first_event
-from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent, too_long
+from gateway.relay.faults import (
+    broken,
+    fault_of_answer,
+    fault_of_event,
+    silent,
+    too_large,
+    too_long,
+)
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
 from gateway.relay.upstream import UpstreamConnection
@@ -172,22 +179,19 @@ def _timed_out(delivery: Delivery) -> bool:
 
 
 async def whole(connection: UpstreamConnection, settings: Settings) -> bytes:
-    """The engine's whole answer of status 200."""
+    """The engine's whole answer, of whatever status."""
     loop = asyncio.get_running_loop()
     gives_up_s = loop.time() + settings.answer_timeout_s
     while not connection.is_over:
         if connection.buffered > settings.answer_bytes_max:
-            raise broken("the engine's answer is larger than answer_bytes_max")
+            raise too_large()
         left_s = gives_up_s - loop.time()
         if left_s <= 0:
             raise too_long()
         await connection.changed(left_s)
     if connection.failure is not None:
         raise broken(str(connection.failure))
-    body = connection.take()
-    if connection.status != 200:
-        raise fault_of_answer(connection.status, body)
-    return body
+    return connection.take()
 
 
 async def _error_body(connection: UpstreamConnection, settings: Settings) -> bytes:

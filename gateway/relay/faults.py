@@ -55,6 +55,11 @@ def too_long() -> EngineFault:
     return EngineFault(EngineTimeout(), may_retry=False, is_broken=False, cause=cause)
 
 
+def too_large() -> EngineFault:
+    """The engine's answer does not end within what is taken."""
+    return broken("the engine's answer is larger than answer_bytes_max")
+
+
 def unreachable(cause: str) -> EngineFault:
     """No connection to the engine: to the client there is no node."""
     error = NoNodeAvailable(retry_after_s=2)
@@ -75,8 +80,8 @@ ANSWER_FIELDS = ("choices", "data", "output")
 """One of these is in every good answer: chat and completions, embeddings, responses."""
 
 
-def check_answer(body: bytes) -> None:
-    """A 200 is believed only with an answer in it; raises the EngineFault that it is otherwise."""
+def check_answer(body: bytes) -> dict[str, Any]:
+    """The decoded answer. A 200 is believed only with one in it; raises the EngineFault that it is otherwise."""
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -85,8 +90,10 @@ def check_answer(body: bytes) -> None:
         raise broken("the engine's answer is no object")
     if isinstance(error := answer.get("error"), dict):
         raise fault_of_event(error)
-    if not any(isinstance(answer.get(name), list) for name in ANSWER_FIELDS):
-        raise broken("the engine's answer holds no answer")
+    for name in ANSWER_FIELDS:
+        if isinstance(answer.get(name), list):
+            return answer
+    raise broken("the engine's answer holds no answer")
 
 
 def fault_of_event(error: dict[str, Any]) -> EngineFault:

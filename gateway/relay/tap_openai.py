@@ -107,6 +107,7 @@ class OpenAITap:
         else:
             if not self._has_counts:
                 self._has_counts, self.tokens = True, Tokens()  # from here on nothing is estimated
+                self._asked = None
             if self._choices > 1:
                 self._count_each(whole)
             else:

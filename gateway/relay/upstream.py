@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httptools
@@ -18,6 +19,7 @@ from config.defaults import Settings
 log = logging.getLogger("poolgate.relay")
 
 Sink = Callable[[bytes], None]
+Watcher = Callable[[], None]
 
 READ_AHEAD_BYTES = 65536
 """What may come of a body before whoever waits for it looks: libuv reads up to 8 MB before it lets a task run."""
@@ -38,14 +40,14 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_parser", "_pool", "_sink", "_waiter", "buffered",
-        "closed", "complete", "failure", "headers", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
+        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_parser", "_pool", "_sink", "_watcher", "buffered", "closed",
+        "complete", "failure", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
         self._loop = loop
         self._pool = pool
-        self._waiter: asyncio.Future[None] | None = None
+        self._watcher: Watcher | None = None
         self._sink: Sink | None = None
         self.is_paused = False
         self.transport: Any = None
@@ -56,7 +58,6 @@ class UpstreamConnection(asyncio.Protocol):
         self._look_at_bytes = READ_AHEAD_BYTES
         self._linger: asyncio.TimerHandle | None = None
         self.status = 0
-        self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
         self.buffered = 0
         self.complete = True
@@ -65,10 +66,13 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- the turn's side --------------------------------------------------------------------------------------
 
-    def begin(self, request: bytes) -> None:
-        """Send one request. The caller releases the connection, or closes it, exactly once afterwards."""
+    def begin(self, request: bytes, watcher: Watcher | None = None) -> None:
+        """Send one request. The caller releases the connection, or closes it, exactly once afterwards.
+
+        `watcher` is called for each piece of news (status, more of the body, end); without one, `changed` waits for it.
+        """
         self.status = 0
-        self.headers = {}
+        self._watcher = watcher
         self.parts.clear()
         self.buffered = 0
         self._look_at_bytes = READ_AHEAD_BYTES
@@ -91,21 +95,25 @@ class UpstreamConnection(asyncio.Protocol):
         """Wait until headers, buffered bytes, the end or a failure arrives, or `poke` is called, or time is up."""
         if self.is_over:
             return
-        self._look_at_bytes = self.buffered + READ_AHEAD_BYTES
-        self.resume()
-        waiter = self._waiter = self._loop.create_future()
+        self.read_on()
+        waiter = self._loop.create_future()
+        self._watcher = partial(_wake, waiter)
         timer = self._loop.call_later(timeout_s, self.poke)
         try:
             await waiter
         finally:
             timer.cancel()
-            self._waiter = None
+            self._watcher = None
+
+    def read_on(self) -> None:
+        """Let more of the body come before there is news of it again."""
+        self._look_at_bytes = self.buffered + READ_AHEAD_BYTES
+        self.resume()
 
     def poke(self) -> None:
-        """Wake whoever waits in `changed`."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        """Tell whoever watches, or waits in `changed`."""
+        if self._watcher is not None:
+            self._watcher()
 
     def take(self) -> bytes:
         """The body bytes that came so far, which are then forgotten."""
@@ -142,7 +150,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
-        self._sink = None
+        self._sink = self._watcher = None
         if self.closed or self.is_paused or self.failure is not None or self._pool is None:
             self.close()
         elif self.complete:
@@ -217,16 +225,11 @@ class UpstreamConnection(asyncio.Protocol):
         if self.complete:  # it must not become part of this turn, nor of the next one
             raise UpstreamLost("an answer that nobody asked for")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.lower()] = value
-
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status < 200:  # 100 Continue and 103 Early Hints come before the answer
-            self.headers.clear()
-            return
-        self.status = status
-        self.poke()
+        if status >= 200:  # 100 Continue and 103 Early Hints come before the answer
+            self.status = status
+            self.poke()
 
     def on_body(self, body: bytes) -> None:
         if self._sink is not None:
@@ -259,6 +262,7 @@ class UpstreamPool:
         self._settings = settings
         self._idle: deque[tuple[UpstreamConnection, float]] = deque()
         self._closed = False
+        self._heads: dict[str, bytes] = {}  # by path: there are five
 
     def __repr__(self) -> str:
         return f"<UpstreamPool {self.host}:{self.port} idle={len(self._idle)}>"
@@ -290,6 +294,16 @@ class UpstreamPool:
             raise ConnectFailed("the engine can't be reached") from error
         return connection
 
+    def request(self, path: str, request_id: str, body: bytes) -> bytes:
+        """One POST to the engine. Only these headers are sent: a client's own never reach an engine."""
+        head = self._heads.get(path)
+        if head is None:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            head = self._heads[path] = (
+                f"POST {path} HTTP/1.1\r\nhost: {host}:{self.port}\r\ncontent-type: application/json\r\nx-request-id: "
+            ).encode("ascii")
+        return b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (head, request_id.encode(), len(body), body)
+
     def put(self, connection: UpstreamConnection) -> None:
         """Keep a clean connection for the next turn."""
         if self._closed or len(self._idle) >= self._settings.engine_idle_connections_max:
@@ -311,10 +325,6 @@ class UpstreamPool:
         self._drop_idle()
 
 
-def request_bytes(host: str, path: str, request_id: str, body: bytes) -> bytes:
-    """One POST to an engine. Only these headers are sent: a client's own never reach an engine."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-        f"x-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("ascii") + body
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

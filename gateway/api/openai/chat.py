@@ -5,6 +5,7 @@ from functools import partial
 from aiohttp import web
 
 from billing.holds import COMPLETION_TOKENS_DEFAULT, text_bytes
+from config.defaults import Settings
 from gateway.api.inference import infer, stream_options
 from gateway.api.openai.decode import Body, decode_chat, decode_completion, prompt_count
 from gateway.api.openai.schemas_answers import CHAT_ANSWERS, COMPLETION_ANSWERS
@@ -27,7 +28,7 @@ TURN_ERRORS = (400, 402, 404, 409, 413, 429, 502, 503, 504)
 )
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """OpenAI's chat completions, with `provider_id` to pin a provider and `cost_halala` in the answer."""
-    return await infer(request, _chat_ask)
+    return await infer(request, chat_ask)
 
 
 @routes.post(
@@ -36,20 +37,22 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 )  # fmt: skip
 async def completions(request: web.Request) -> web.StreamResponse:
     """OpenAI's legacy completions: one prompt or several, text or token ids."""
-    return await infer(request, _completion_ask)
+    return await infer(request, completion_ask)
 
 
-def _chat_ask(raw: bytes, request: web.Request) -> Ask:
+def chat_ask(raw: bytes, _: Settings) -> Ask:
+    """What a chat request asks. Raises BadRequest."""
     body = decode_chat(raw)
-    return openai_ask(request.path, body, text_bytes(raw), choices=body.get("n", 1))
+    return openai_ask("/v1/chat/completions", body, text_bytes(raw), choices=body.get("n", 1))
 
 
-def _completion_ask(raw: bytes, request: web.Request) -> Ask:
+def completion_ask(raw: bytes, _: Settings) -> Ask:
+    """What a completion request asks. Raises BadRequest."""
     body = decode_completion(raw)
     prompts = prompt_count(body)
     body.setdefault("max_tokens", COMPLETION_TOKENS_DEFAULT)
     return openai_ask(
-        request.path, body, text_bytes(raw), choices=body.get("n", 1) * prompts, prompts=prompts
+        "/v1/completions", body, text_bytes(raw), choices=body.get("n", 1) * prompts, prompts=prompts
     )
 
 

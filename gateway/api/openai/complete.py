@@ -10,13 +10,13 @@ import orjson
 from aiohttp import web
 
 from billing.holds import text_bytes
+from config.defaults import Settings
 from gateway.api.inference import infer, stream_options
 from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import complete_to_chat, decode_complete
 from gateway.api.openai.schemas_answers import COMPLETE_STREAM, CompleteAnswer
 from gateway.api.openai.schemas_requests import CompleteRequest
 from gateway.api.routes import Routes
-from gateway.api.services import SETTINGS
 from gateway.relay.events import usage_dict
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.taps import Tap
@@ -34,7 +34,7 @@ routes = Routes(surface="openai", tag="Inference")
 )
 async def complete(request: web.Request) -> web.StreamResponse:
     """The prompt is sent as one user chat message; after 120 s the answer so far comes with finish_reason `timeout`."""
-    return await infer(request, _gathered)
+    return await infer(request, complete_ask)
 
 
 @routes.post(
@@ -43,25 +43,26 @@ async def complete(request: web.Request) -> web.StreamResponse:
 )  # fmt: skip
 async def complete_stream(request: web.Request) -> web.StreamResponse:
     """Text deltas, a last event with finish_reason, usage and cost_halala, then `[DONE]`."""
-    return await infer(request, _streamed)
+    return await infer(request, complete_stream_ask)
 
 
-def _gathered(raw: bytes, request: web.Request) -> Ask:
-    return _ask(raw, request, gathers=True)
+def complete_ask(raw: bytes, settings: Settings) -> Ask:
+    """What a request to complete a prompt asks. Raises BadRequest."""
+    return _ask("/v1/complete", raw, settings, gathers=True)
 
 
-def _streamed(raw: bytes, request: web.Request) -> Ask:
-    return _ask(raw, request, gathers=False)
+def complete_stream_ask(raw: bytes, settings: Settings) -> Ask:
+    """The same, streamed."""
+    return _ask("/v1/complete/stream", raw, settings, gathers=False)
 
 
-def _ask(raw: bytes, request: web.Request, *, gathers: bool) -> Ask:
-    settings = request.app[SETTINGS]
+def _ask(route: str, raw: bytes, settings: Settings, *, gathers: bool) -> Ask:
     asked = decode_complete(raw, tokens_max=settings.complete_tokens_max)
     body = complete_to_chat(asked, tokens_default=settings.default_model_tokens)
     body["stream"] = True
     stream_options(body)
     return Ask(
-        route=request.path,
+        route=route,
         engine_path="/v1/chat/completions",
         kind="generate",
         provider_id=body.pop("provider_id", None),

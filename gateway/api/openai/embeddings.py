@@ -3,6 +3,7 @@
 from aiohttp import web
 
 from billing.holds import text_bytes
+from config.defaults import Settings
 from gateway.api.inference import infer
 from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import decode_embeddings
@@ -23,13 +24,14 @@ routes = Routes(surface="openai", tag="Inference")
 )
 async def embeddings(request: web.Request) -> web.StreamResponse:
     """OpenAI's embeddings; a model that only generates text answers 404."""
-    return await infer(request, _ask)
+    return await infer(request, embeddings_ask)
 
 
-def _ask(raw: bytes, request: web.Request) -> Ask:
+def embeddings_ask(raw: bytes, _: Settings) -> Ask:
+    """What an embeddings request asks. Raises BadRequest."""
     body = decode_embeddings(raw)
     return Ask(
-        route=request.path,
+        route="/v1/embeddings",
         engine_path="/v1/embeddings",
         kind="pooling",
         provider_id=body.pop("provider_id", None),

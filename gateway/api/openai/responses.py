@@ -5,6 +5,7 @@ from functools import partial
 from aiohttp import web
 
 from billing.holds import text_bytes
+from config.defaults import Settings
 from gateway.api.inference import infer
 from gateway.api.openai.chat import TURN_ERRORS
 from gateway.api.openai.decode import decode_responses
@@ -26,14 +27,15 @@ PROMPT_FIELDS = ("instructions", "input", "tools")
 )  # fmt: skip
 async def responses(request: web.Request) -> web.StreamResponse:
     """OpenAI's responses without state: `background` and `previous_response_id` are 400."""
-    return await infer(request, _ask)
+    return await infer(request, responses_ask)
 
 
-def _ask(raw: bytes, request: web.Request) -> Ask:
+def responses_ask(raw: bytes, _: Settings) -> Ask:
+    """What a request for a response asks. Raises BadRequest."""
     body = decode_responses(raw)
     is_stream = bool(body.get("stream"))
     return Ask(
-        route=request.path,
+        route="/v1/responses",
         engine_path="/v1/responses",
         kind="generate",
         provider_id=body.pop("provider_id", None),

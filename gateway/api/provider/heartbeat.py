@@ -15,7 +15,7 @@ from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Forbidden, Unavailable
 from gateway.identity.keyring import Principal
@@ -78,7 +78,7 @@ class HeartbeatAnswer(BaseModel):
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
     beat = _decode(await read_body(request, HEARTBEAT_BYTES_MAX), presented_key(request))
-    principal = await principal_of(request, beat.api_key, "node")
+    principal = await principal_of(request.app[KEYRING], beat.api_key, "node")
     try:
         reply = await _record(request, beat, principal)
     except asyncpg.DataError:

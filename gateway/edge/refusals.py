@@ -10,7 +10,8 @@ from aiohttp.http_exceptions import LineTooLong
 from config.ids import uuid7
 from config.metrics import Metrics
 from gateway.api.routes import surface_of
-from gateway.api.services import METRICS, REQUEST_ID
+from gateway.api.services import CORS, HEALTH, METRICS, REQUEST_ID
+from gateway.edge.cors import PREFLIGHT
 from gateway.errors import (
     ApiError,
     BadRequest,
@@ -47,36 +48,62 @@ def new_request_id() -> str:
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Name the request; turn whatever it raises into an answer."""
+    """Name the request; turn whatever it raises into an answer; say what every answer says."""
+    app = request.app
     request_id = request[REQUEST_ID] = new_request_id()
+    origin = request.headers.get("Origin")
     try:
-        response = await handler(request)
+        if (
+            request.method == "OPTIONS"
+            and "Access-Control-Request-Method" in request.headers
+            and app[CORS].allows(origin)
+        ):
+            response: web.StreamResponse = _preflight(request)
+        else:
+            response = await handler(request)
     except ApiError as error:
-        return refuse(error, surface_of(request.path), request_id, request.app[METRICS])
+        response = refuse(error, surface_of(request.path), request_id, app[METRICS])
     except web.HTTPException as error:
-        if error.status < 400:
-            error.headers["x-request-id"] = request_id
-            raise
-        return refuse(_of_http(error), surface_of(request.path), request_id, request.app[METRICS])
+        response = error if error.status < 400 else refuse(
+            _of_http(error), surface_of(request.path), request_id, app[METRICS]
+        )  # fmt: skip
     except Exception:
         log.exception(
             "a request failed inside poolgate",
             extra={"action": "request_crashed", "request_id": request_id, "path": request.path},
         )
-        return refuse(ApiError(), surface_of(request.path), request_id, request.app[METRICS])
+        response = refuse(ApiError(), surface_of(request.path), request_id, app[METRICS])
     if not isinstance(response, Relayed) and not response.prepared:
         response.headers["x-request-id"] = request_id
         response.headers["server"] = SERVER
+        response.headers.update(app[CORS].fields(origin))
+        if app[HEALTH].is_draining:
+            response.force_close()
+    if isinstance(response, web.HTTPException):  # aiohttp wants it raised
+        raise response
     return response
+
+
+def _preflight(request: web.Request) -> web.Response:
+    """A browser asks whether its page may send a request of this kind."""
+    asked = request.headers.get("Access-Control-Request-Headers")
+    headers = PREFLIGHT | ({"access-control-allow-headers": asked} if asked else {})
+    return web.Response(status=204, headers=headers)
 
 
 def refuse(error: ApiError, surface: Surface, request_id: str, metrics: Metrics) -> web.Response:
     """The answer that says `error`."""
+    status, headers, body = refusal(error, surface, request_id, metrics)
+    return web.Response(body=body, status=status, headers=headers)
+
+
+def refusal(
+    error: ApiError, surface: Surface, request_id: str, metrics: Metrics
+) -> tuple[int, dict[str, str], bytes]:
+    """Its status, headers and body; it is counted."""
     metrics.refusals.labels(error.wire_code or error.type).inc()
     status, headers, body = render(error, surface, request_id)
-    return web.Response(
-        body=body, status=status, headers={**headers, "content-type": "application/json", "server": SERVER}
-    )
+    return status, {**headers, "content-type": "application/json", "server": SERVER}, body
 
 
 def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None, str | None], web.Response]:

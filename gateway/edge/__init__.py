@@ -1,0 +1,6 @@
+"""The edge: what a client's connection meets first.
+
+`connection` owns the bytes of a connection: it cuts them into requests, times them, serves inference itself (`turns`) and
+lends everything else to aiohttp (`handover`), one request at a time. `head` knows which requests are plain enough for that,
+`refusals` says no in each surface's shape, `door` has all connections of a worker.
+"""

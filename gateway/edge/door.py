@@ -1,0 +1,88 @@
+"""All client connections of one worker: where they begin, what they share, and how they end when the worker does."""
+
+import asyncio
+from collections.abc import Callable
+
+from config.defaults import Settings
+from config.metrics import Metrics
+from gateway.edge.connection import NEVER, EdgeConnection
+from gateway.edge.cors import Cors
+from gateway.edge.handover import ClientProtocol
+from gateway.edge.head import Head
+from gateway.edge.refusals import new_request_id, refusal
+from gateway.edge.turns import EdgeTurns
+from gateway.errors import ApiError
+from gateway.relay.downstream import head_bytes
+
+TICK_S = 0.5
+"""How often connections are looked at for being late: their bounds are seconds, and a timer each would cost more."""
+
+
+class Door:
+    """Makes connections, each of which asks it for what it needs. `now_s` is the loop's time, at most TICK_S old."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        turns: EdgeTurns,
+        handler: Callable[[], ClientProtocol],
+        cors: Cors,
+        metrics: Metrics,
+    ) -> None:
+        """`handler` makes aiohttp's part of a connection."""
+        self.settings = settings
+        self.turns = turns
+        self.handler = handler
+        self.connections: set[EdgeConnection] = set()
+        self.idle_s = settings.client_idle_s
+        self.now_s = asyncio.get_running_loop().time()
+        self._cors = cors
+        self._metrics = metrics
+
+    def __call__(self) -> EdgeConnection:
+        """A new connection (asyncio's protocol factory)."""
+        return EdgeConnection(self)
+
+    def takes(self, head: Head) -> bool:
+        """Whether this is a request for a turn that the edge serves itself; what it learns of it is kept in the head."""
+        route = self.turns.routes.get(head.target) if head.method == b"POST" else None
+        if route is None or not head.is_plain_json or head.body_bytes > self.settings.body_bytes_max:
+            return False
+        head.for_ = route
+        origin = head.fields.get(b"origin")
+        head.own_headers = self._cors.lines(None if origin is None else origin.decode("latin-1"))
+        return True
+
+    def refusal(self, error: ApiError) -> bytes:
+        """The whole answer to what never became a request: no path is known, so the shape is OpenAI's."""
+        status, headers, body = refusal(error, "openai", new_request_id(), self._metrics)
+        headers = {**headers, "content-length": str(len(body)), "connection": "close"}
+        return head_bytes(status, headers) + body
+
+    async def run(self) -> None:
+        """Keep the time until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self.now_s = loop.time()
+            for connection in [each for each in self.connections if each.ends_s <= now_s]:
+                connection.time_out()
+
+    def drain(self) -> None:
+        """The worker ends: answers close their connections, and those without a request have a little time to bring one."""
+        self.idle_s = self.settings.drain_idle_s
+        ends_s = self.now_s + self.settings.drain_idle_s
+        for connection in self.connections:
+            if connection.is_idle:
+                connection.ends_s = min(connection.ends_s, ends_s)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody may bring a request any more, and nobody waits for one to be taken."""
+        return not any(connection.ends_s < NEVER for connection in self.connections)
+
+    def close(self) -> None:
+        """End all that are left."""
+        for connection in list(self.connections):
+            connection.transport.abort()

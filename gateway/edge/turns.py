@@ -1,0 +1,206 @@
+"""Inference straight off the connection: what the edge does with a plain request for a turn.
+
+Where memory knows the key, can admit the turn and has a connection to an engine at hand, a whole answer takes no task: it is
+sent off here and comes back through callbacks. Everything else goes on in a task, through the same lifecycle.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
+
+from config.defaults import Settings
+from config.metrics import Metrics
+from gateway.api.credentials import NO_KEY, check_scope, principal_of
+from gateway.api.inference import SCOPE, AskOf, log_crash
+from gateway.dispatch import Flight
+from gateway.edge.head import Head
+from gateway.edge.refusals import new_request_id, refusal
+from gateway.errors import ApiError, InvalidApiKey
+from gateway.idempotent import KeyedTurns, key_of
+from gateway.identity.keyring import KeyRing, Principal
+from gateway.lifecycle import Lifecycle
+from gateway.relay.downstream import ClientConnection, ClientGone, HttpDownstream
+from gateway.turn import Ask, Turn
+
+log = logging.getLogger("poolgate.edge")
+
+
+class Connection(ClientConnection, Protocol):
+    """The client's connection, which is told when its turn is over."""
+
+    def answered(self, turn: "EdgeTurn", *, keep_alive: bool) -> None:
+        """The answer was sent, or broke off; another request may come only with `keep_alive`."""
+        ...
+
+
+class EdgeTurns:
+    """Begins turns. `routes` decodes the body of each path that it serves; `is_draining` asks clients to go elsewhere."""
+
+    def __init__(
+        self, settings: Settings, *, routes: Mapping[bytes, AskOf], keyring: KeyRing, lifecycle: Lifecycle,
+        keyed_turns: KeyedTurns, metrics: Metrics, is_draining: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.routes = routes
+        self.keyring = keyring
+        self.lifecycle = lifecycle
+        self.keyed_turns = keyed_turns
+        self.metrics = metrics
+        self._is_draining = is_draining
+
+    def begun(self, connection: Connection, head: Head) -> "EdgeTurn":
+        """One request, to be answered by its `begin`; `connection.answered` is told when that is done."""
+        down = HttpDownstream(
+            connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive and not self._is_draining(),
+            stall_s=self.settings.client_stall_s, own_headers=head.own_headers,
+        )  # fmt: skip
+        return EdgeTurn(self, connection, head, down)
+
+    def knows(self, head: Head) -> bool:
+        """Whether memory knows the key of a request."""
+        secret = self.secret_of(head)
+        return secret is not None and self.keyring.lookup(secret) is not None
+
+    def secret_of(self, head: Head) -> str | None:
+        """The key that a request presents, as `gateway.api.credentials.presented_key` finds it."""
+        fields = head.fields
+        scheme, _, value = fields.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not value.strip():
+            value = (
+                fields.get(b"x-api-key")
+                or fields.get(b"x-renter-key")
+                or fields.get(b"x-provider-key")
+                or b""
+            )
+        return value.strip().decode("utf-8", "surrogateescape") or None
+
+
+class EdgeTurn:
+    """One request of a connection, until it is answered."""
+
+    __slots__ = ("_connection", "_down", "_flight", "_head", "_task", "_turn", "_turns", "request_id")
+
+    def __init__(self, turns: EdgeTurns, connection: Connection, head: Head, down: HttpDownstream) -> None:
+        self._turns = turns
+        self._connection = connection
+        self._head = head
+        self._down = down
+        self._flight: Flight | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._turn: Turn | None = None
+        self.request_id = new_request_id()
+
+    def begin(self, body: bytes) -> None:
+        """Answer it as far as memory goes, and in a task where it does not; perhaps before this returns."""
+        turns = self._turns
+        try:
+            principal = self._known()
+            if principal is None or b"idempotency-key" in self._head.fields:
+                self._go_on(self._from_the_key, body)
+                return
+            check_scope(principal, SCOPE)
+            ask = self._head.for_(body, turns.settings)
+            turn = self._turn = turns.lifecycle.try_admit(ask, principal, self.request_id)
+            if turn is None:
+                self._go_on(turns.lifecycle.run, ask, principal, self.request_id, self._down)
+                return
+            self._flight = turns.lifecycle.launch(turn, self._down, self._landed)
+            if self._flight is None:
+                self._go_on(turns.lifecycle.carry, turn, self._down)
+        except ApiError as error:
+            self._refuse(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+            self._crash(error)
+
+    def leave(self) -> None:
+        """The client left."""
+        if self._task is not None:
+            self._task.cancel()
+        elif self._turn is not None:
+            flight, self._flight = self._flight, None
+            self._turns.lifecycle.leave(self._turn, flight)
+
+    def _known(self) -> Principal | None:
+        """Whose key it is, if that is remembered. Raises InvalidApiKey where there is none."""
+        head, keyring = self._head, self._turns.keyring
+        if not head.digest:
+            secret = self._turns.secret_of(head)
+            if secret is None:
+                raise InvalidApiKey(NO_KEY)
+            head.digest = keyring.digest_of(secret)
+        return keyring.known(head.digest)
+
+    def _landed(self, flight: Flight) -> None:
+        """The flight is over: by an answer, or to go on from its error."""
+        self._flight = None
+        if flight.error is None:
+            self._connection.answered(self, keep_alive=self._down.keep_alive)
+        else:
+            self._go_on(self._turns.lifecycle.carry, flight.turn, self._down, flight)
+
+    # --- in a task ------------------------------------------------------------------------------------------------
+
+    def _go_on(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._ending(work, *given))
+        self._task.add_done_callback(self._ended)
+
+    async def _ending(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
+        """`work`, and what became of it told to the client and its connection."""
+        keep_alive = False
+        try:
+            await work(*given)
+            keep_alive = self._down.keep_alive
+        except ClientGone:
+            pass
+        except ApiError as error:
+            self._refuse(error)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+            self._crash(error)
+            return
+        self._connection.answered(self, keep_alive=keep_alive)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """A task that was cancelled before it began has settled nothing."""
+        if self._turn is not None:
+            self._turns.lifecycle.leave(self._turn, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a request escaped its task", exc_info=error, extra={
+                "action": "request_crashed", "request_id": self.request_id,
+            })  # fmt: skip
+
+    async def _from_the_key(self, body: bytes) -> None:
+        """From the look-up of the key on, and with an Idempotency-Key."""
+        turns, head = self._turns, self._head
+        secret = turns.secret_of(head)
+        assert secret is not None
+        principal = await principal_of(turns.keyring, secret, SCOPE)
+        field = head.fields.get(b"idempotency-key")
+        key = key_of(None if field is None else field.decode("latin-1"))
+        ask: Ask = head.for_(body, turns.settings)
+        if key is None:
+            await turns.lifecycle.run(ask, principal, self.request_id, self._down)
+            return
+        request_hash = turns.keyed_turns.request_hash("POST", head.target.decode("ascii"), body)
+        await turns.keyed_turns.run(
+            ask, principal, self.request_id, self._down, key=key, request_hash=request_hash
+        )
+
+    # --- saying no ------------------------------------------------------------------------------------------------
+
+    def _refuse(self, error: ApiError) -> None:
+        status, headers, body = refusal(error, "openai", self.request_id, self._turns.metrics)
+        self._down.answer(status, headers, body)
+        self._connection.answered(self, keep_alive=self._down.keep_alive)
+
+    def _crash(self, error: Exception) -> None:
+        """A fault of ours, in the log with its cause and told without."""
+        if self._down.is_started:
+            log_crash(self.request_id, error)
+            self._connection.answered(self, keep_alive=False)
+            return
+        path = self._head.target.decode("ascii")
+        extra = {"action": "request_crashed", "request_id": self.request_id, "path": path}
+        log.error("a request failed inside poolgate", exc_info=error, extra=extra)
+        self._refuse(ApiError())
