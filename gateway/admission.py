@@ -207,7 +207,7 @@ class Admission:
             return False
         settings, need = self._settings, Need(ask.body["model"], ask.kind, 0, ask.provider_id)
         try:  # one that may get the turn: nobody else sees its prompt
-            choice = choose(
+            engine = choose(
                 self._registry.snapshot, need, sample=settings.choice_sample,
                 turns_max=settings.engine_turns_max, rng=self._rng,
             )  # fmt: skip
@@ -215,7 +215,7 @@ class Admission:
             return False
         self._counting += 1
         try:
-            tokens = await self._count_prompt(ask, choice.engine)
+            tokens = await self._count_prompt(ask, engine)
         finally:
             self._counting -= 1
         if tokens is None or tokens >= funding.bound.prompt_tokens:

@@ -79,10 +79,7 @@ class Dispatcher:
             engine = self._choose(turn, tokens, tried, faults)
             tried.append(engine)
             turn.engine = engine
-            load = engine.load
-            load.turns += 1
-            load.tokens += tokens
-            engine.breaker.began()
+            engine.began(tokens)
             try:
                 await self._attempt(turn, engine, body, down)
                 self._judge(tried, faults, is_answered=True)
@@ -95,9 +92,7 @@ class Dispatcher:
                 if is_begun or not fault.may_retry:
                     break
             finally:
-                engine.breaker.ended()
-                load.turns -= 1
-                load.tokens -= tokens
+                engine.ended(tokens)
         self._judge(tried, faults, is_answered=False)
         raise faults[-1].error
 
@@ -119,7 +114,7 @@ class Dispatcher:
         need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
         snapshot = self._registry.snapshot
         try:
-            choice = choose(
+            return choose(
                 snapshot,
                 need,
                 sample=settings.choice_sample,
@@ -131,7 +126,6 @@ class Dispatcher:
                 self._judge(tried, faults, is_answered=False)
                 raise faults[-1].error from faults[-1]
             raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
-        return choice.engine
 
     def _engine_body(self, turn: Turn) -> bytes:
         """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""
