@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+from zlib import crc32
 
 from billing.journal_files import (
     FRAME,
     FRAME_BYTES,
     START,
     Position,
-    checksum,
     count_records,
     make_segment,
     remove_folder,
@@ -34,6 +34,8 @@ from billing.usage import UsageRecord
 from config.defaults import Settings
 
 log = logging.getLogger("poolgate.journal")
+
+pack_frame = FRAME.pack_into
 
 AHEAD_RETRY_S = 1.0
 """How soon the segment ahead is tried again where there was no room for it."""
@@ -100,14 +102,16 @@ class Journal:
         """
         payload = encode(record)
         length = len(payload)
-        end = self._at + FRAME_BYTES + length
+        at = self._at
+        start = at + FRAME_BYTES
+        end = start + length
         if end > self._size:
             self._roll(record)
-            end = FRAME_BYTES + length
-        at = self._at
+            at, start, end = 0, FRAME_BYTES, FRAME_BYTES + length
+        mapped = self._map
         # The length last: a process killed amid this leaves a length of zero, which ends the journal.
-        self._map[at + FRAME_BYTES : end] = payload
-        FRAME.pack_into(self._map, at, length, checksum(payload))
+        mapped[start:end] = payload
+        pack_frame(mapped, at, length, crc32(payload, length))  # as `checksum` has it
         self._at = end
         self._appended_records += 1
 

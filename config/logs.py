@@ -9,6 +9,10 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from select import PIPE_BUF
 from typing import Any, TextIO
 
 from config.defaults import Settings
@@ -20,6 +24,9 @@ _OWN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"
 _COLOURS = {"DEBUG": "\x1b[2m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[1;31m"}
 _PLAIN = "\x1b[0m"
 
+SHOWN_MAX = 10_000
+"""Texts of which a shape of lines remembers how they are shown: models, engines."""
+
 
 def setup_logs(settings: Settings, process: str, *, stream: TextIO | None = None) -> None:
     """Send every log line of this process to `stream` (standard error), marked with the `process` name.
@@ -28,41 +35,152 @@ def setup_logs(settings: Settings, process: str, *, stream: TextIO | None = None
     """
     stream = stream or sys.stderr
     is_json = settings.log_format == "json"
-    formatter = JsonLines(process) if is_json else HumanLines(process, in_colour=stream.isatty())
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter)
+    lines = JsonLines(process) if is_json else HumanLines(process, in_colour=stream.isatty())
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [LineHandler(stream, lines)]
     root.setLevel(logging.WARNING)
     logging.getLogger(ROOT).setLevel(settings.log_level.upper())
     logging.captureWarnings(capture=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What lines that come in masses have in common: logger, level, action, and the extras by name, in order."""
+
+    logger: str
+    level: int
+    action: str
+    extras: tuple[str, ...]
+    texts: frozenset[str]
+    """Those of the extras that are texts; the others are integers or None."""
+
+
+Row = tuple[str, tuple[object, ...]]
+"""One line of a shape: its words, and the values of its extras."""
+
+
+def bulk(shape: Shape) -> "Bulk | None":
+    """What renders and writes lines of this shape together; None where each must be logged by itself, as somebody else than
+    our own handler gets them too, or filters them. Ask anew for each batch: handlers and levels change."""
+    log: logging.Logger | None = logging.getLogger(shape.logger)
+    handlers: list[logging.Handler] = []
+    filters = list(log.filters) if log is not None else []
+    while log is not None:
+        handlers += log.handlers
+        log = log.parent if log.propagate else None
+    if len(handlers) != 1 or filters:
+        return None
+    only = handlers[0]
+    return only.bulk(shape) if isinstance(only, LineHandler) else None
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Our own handler, which can also write many lines of one shape at once."""
+
+    def __init__(self, stream: TextIO, lines: "JsonLines | HumanLines") -> None:
+        super().__init__(stream)
+        self.setFormatter(lines)
+        self._lines = lines
+        self._bulks: dict[Shape, Bulk] = {}
+
+    def bulk(self, shape: Shape) -> "Bulk | None":
+        """None if this handler filters such lines."""
+        if self.filters or self.level > shape.level:
+            return None
+        if shape not in self._bulks:
+            self._bulks[shape] = Bulk(self, self._lines, shape)
+        return self._bulks[shape]
+
+
+class Bulk:
+    """Writes lines of one shape, each byte for byte as if it had been logged by itself, at a tenth of the cost.
+
+    The caller passes texts through `shown` and writes `null` for None; that is what a formatter would do to them.
+    """
+
+    def __init__(self, handler: LineHandler, lines: "JsonLines | HumanLines", shape: Shape) -> None:
+        self._handler = handler
+        self._lines = lines
+        self._shape = shape
+        self._template = lines.template(shape)
+        self.shown: Mapping[str, str] = Shown(lines.shown)
+        self.null = lines.null
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """All of them, in writes that no other process's lines come into the middle of."""
+        shape = self._shape
+        record = logging.LogRecord(shape.logger, shape.level, "", 0, "", (), None)
+        record.action = shape.action
+        lines = self._lines.rendered(self._template, record, rows)
+        with self._handler.lock or nullcontext():
+            try:
+                for piece in _pieces(lines, PIPE_BUF):
+                    self._handler.stream.write(piece)
+                    self._handler.flush()
+            except Exception:  # noqa: BLE001 - as every handler does: what can't be logged ends nothing
+                self._handler.handleError(record)
+
+
+class Shown(dict[str, str]):
+    """Texts as a formatter shows them, remembered: lines that come in masses have few different ones."""
+
+    def __init__(self, show: Callable[[str], str]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __missing__(self, text: str) -> str:
+        if len(self) >= SHOWN_MAX:
+            self.clear()
+        shown = self[text] = self._show(text)
+        return shown
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line: ts (UTC, ISO 8601), level, action, process, message, exception, extras."""
+
+    null = "null"
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
+        # Ours are written last, so that no extra can pass for the time or the level.
+        line: dict[str, Any] = {**_extras(record), **self._own(record), "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+    def _own(self, record: logging.LogRecord) -> dict[str, str]:
+        return {
             "ts": _when(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "action": getattr(record, "action", ""),
             "process": self._process,
             "logger": record.name,
-            "message": record.getMessage(),
         }
-        # Ours are written last, so that no extra can pass for the time or the level.
-        line = {**_extras(record), **line}
-        if record.exc_info:
-            line["exception"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
-        return json.dumps(line, ensure_ascii=False, default=str)
+
+    def template(self, shape: Shape) -> str:
+        """The extras of such lines, with a place for each value."""
+        return ", ".join(
+            f'"{name}": "%s"' if name in shape.texts else f'"{name}": %s' for name in shape.extras
+        )
+
+    def shown(self, text: str) -> str:
+        """The text as it stands between the quotes of a JSON string."""
+        return json.dumps(text, ensure_ascii=False)[1:-1]
+
+    def rendered(self, template: str, record: logging.LogRecord, rows: Iterable[Row]) -> list[str]:
+        """Lines that have their time, level and name from `record`."""
+        own = json.dumps(self._own(record), ensure_ascii=False)[1:-1].replace("%", "%%")
+        template = "{" + template + ", " + own + ', "message": "'
+        return [template % extras + words + '"}\n' for words, extras in rows]
 
 
 class HumanLines(logging.Formatter):
     """`12:00:00.123 warning gateway: words (name=value ...)`; an exception's traceback follows, indented."""
+
+    null = "None"
 
     def __init__(self, process: str, *, in_colour: bool) -> None:
         super().__init__()
@@ -70,16 +188,52 @@ class HumanLines(logging.Formatter):
         self._in_colour = in_colour
 
     def format(self, record: logging.LogRecord) -> str:
-        when = _when(record).astimezone().strftime("%H:%M:%S.%f")[:-3]
         extras = " ".join(f"{name}={_on_one_line(value)}" for name, value in _extras(record).items())
         words = _on_one_line(record.getMessage()) + (f" ({extras})" if extras else "")
-        line = f"{when} {record.levelname.lower():<7} {self._process}: {words}"
-        if self._in_colour and record.levelname in _COLOURS:
-            line = f"{_COLOURS[record.levelname]}{line}{_PLAIN}"
+        before, after = self._around(record)
+        line = before + words + after
         if record.exc_info:
             trace = "".join(traceback.format_exception(*record.exc_info)).rstrip()
             line += "".join(f"\n    {part}" for part in trace.splitlines())
         return line
+
+    def _around(self, record: logging.LogRecord) -> tuple[str, str]:
+        """What stands before the words, and behind them."""
+        when = _when(record).astimezone().strftime("%H:%M:%S.%f")[:-3]
+        before = f"{when} {record.levelname.lower():<7} {self._process}: "
+        if self._in_colour and record.levelname in _COLOURS:
+            return _COLOURS[record.levelname] + before, _PLAIN
+        return before, ""
+
+    def template(self, shape: Shape) -> str:
+        """The extras of such lines, with a place for each value."""
+        return " ".join(f"{name}=%s" for name in shape.extras)
+
+    def shown(self, text: str) -> str:
+        """The text with control characters spelled out."""
+        return _on_one_line(text)
+
+    def rendered(self, template: str, record: logging.LogRecord, rows: Iterable[Row]) -> list[str]:
+        """Lines that have their time, level and name from `record`."""
+        before, after = self._around(record)
+        template = f" ({template}){after}\n"
+        return [before + words + template % extras for words, extras in rows]
+
+
+def _pieces(lines: list[str], bytes_max: int) -> Iterator[str]:
+    """Whole lines, as many at once as fit into so many bytes: a pipe takes those in one go, whoever else writes into it."""
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        length = len(line) if line.isascii() else len(line.encode(errors="replace"))
+        if size + length > bytes_max and piece:
+            yield "".join(piece)
+            piece.clear()
+            size = 0
+        piece.append(line)
+        size += length
+    if piece:
+        yield "".join(piece)
 
 
 def _when(record: logging.LogRecord) -> datetime.datetime:

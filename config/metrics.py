@@ -6,9 +6,11 @@ called.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, multiprocess
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -29,6 +31,17 @@ def prepare_folder(folder: Path) -> None:
 def forget_process(pid: int) -> None:
     """A worker is dead: its gauges end, its counters stay."""
     multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+class Histogram(prometheus_client.Histogram):
+    """One that also takes what was counted elsewhere."""
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """As many observations in each bucket, the one above all bounds the last; `total` is their sum."""
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(total)
 
 
 class Metrics:

@@ -39,7 +39,7 @@ from gateway.identity.keyring import Principal
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
-from nodes.routing.snapshot import Engine
+from nodes.routing.snapshot import Engine, Group
 
 CLAMPED = "x-poolgate-max-tokens"
 """Header that tells the token limit which a request without one got, because its wallet buys no more."""
@@ -111,8 +111,7 @@ class Admission:
         try:
             hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
             if hold is None:
-                engines = self._engines(ask, principal, ask.body["model"])
-                hold = await self._hold(ask, principal, funding, engines)
+                hold = await self._hold(ask, principal, funding, self._group(ask, principal))
         except BaseException as error:
             quota.end(0)
             if isinstance(error, ApiError):
@@ -122,33 +121,31 @@ class Admission:
 
     def _funded(self, ask: Ask, principal: Principal) -> tuple[Funding, float]:
         """What the turn needs at most, and its time, by which it is priced."""
-        model = ask.body["model"]
-        engines = self._engines(ask, principal, model)
+        group = self._group(ask, principal)
         if self._is_full():
             raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
         now = self._clock.now()
-        return self._funding(ask, engines, self._prices.price(model, now)), now
+        return self._funding(ask, group, self._prices.price(ask.body["model"], now)), now
 
-    def _engines(self, ask: Ask, principal: Principal, model: str) -> tuple[Engine, ...]:
-        """Those that serve the model now. Raises ModelNotFound, and NoNodeAvailable for a model that is only priced."""
+    def _group(self, ask: Ask, principal: Principal) -> Group:
+        """The engines that may serve it. Raises ModelNotFound, and NoNodeAvailable for a model that is only priced."""
+        model = ask.body["model"]
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
-        engines = self._registry.snapshot.by_model.get(model)
-        if engines is None:
-            if model not in self._prices.models():
-                raise ModelNotFound(param="model")
-            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
-        if all(engine.models[model].kind != ask.kind for engine in engines):
+        snapshot = self._registry.snapshot
+        group = snapshot.groups.get((model, ask.kind, None))
+        if group is not None:
+            return group
+        if model in snapshot.by_model:
             raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
-        return engines
+        if model not in self._prices.models():
+            raise ModelNotFound(param="model")
+        raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
 
-    def _funding(self, ask: Ask, engines: tuple[Engine, ...], price: Price) -> Funding:
-        model = ask.body["model"]
-        lengths = [engine.models[model].context_length for engine in engines]
-        context = max(lengths) if all(lengths) else None  # 0: an engine did not tell
+    def _funding(self, ask: Ask, group: Group, price: Price) -> Funding:
         try:
             bound = bound_of(
-                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, context, self._settings
+                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, group.context_max, self._settings
             )
         except UnpricedMedia as error:
             raise BadRequest(str(error)) from None
@@ -163,18 +160,16 @@ class Admission:
         except LimitExceeded as error:
             raise RateLimited(str(error), retry_after_s=error.retry_after_s, headers=error.headers) from None
 
-    async def _hold(
-        self, ask: Ask, principal: Principal, funding: Funding, engines: tuple[Engine, ...]
-    ) -> Hold:
+    async def _hold(self, ask: Ask, principal: Principal, funding: Funding, group: Group) -> Hold:
         """A hold that memory did not have: of a refilled lease, of a prompt counted exactly, or a smaller one."""
         try:
             try:
-                return await self._leased(ask, principal, funding, engines)
+                return await self._leased(ask, principal, funding, group)
             except (InsufficientFunds, BudgetExceeded) as error:
                 above_nano = error.above_nano if isinstance(error, InsufficientFunds) else None
                 if not await self._is_shorter(ask, funding, above_nano):
                     raise
-                return await self._leased(ask, principal, funding, engines)
+                return await self._leased(ask, principal, funding, group)
         except InsufficientFunds:
             raise InsufficientQuota from None
         except BudgetExceeded as error:
@@ -182,9 +177,7 @@ class Admission:
         except BillingUnavailable:
             raise errors.BillingUnavailable(retry_after_s=BILLING_RETRY_AFTER_S) from None
 
-    async def _leased(
-        self, ask: Ask, principal: Principal, funding: Funding, engines: tuple[Engine, ...]
-    ) -> Hold:
+    async def _leased(self, ask: Ask, principal: Principal, funding: Funding, group: Group) -> Hold:
         """A hold of the amount; less is of use to a request that names no token limit, which is then given one."""
         price, bound, percent = funding.price, funding.bound, funding.percent
         least = None
@@ -198,8 +191,7 @@ class Admission:
             assert ask.limit_field is not None
             tokens = clamped_tokens(price, bound.prompt_tokens, bound.choices, hold.amount_nano, percent)
             # ... and one above its own context, which it would have kept to by itself.
-            contexts = [engine.models[ask.body["model"]].context_length for engine in engines]
-            tokens = min([tokens, *filter(None, contexts)])
+            tokens = min(tokens, group.context_min or tokens)
             ask.body[ask.limit_field] = tokens
             funding.bound = replace(bound, output_tokens=tokens, is_limited=True)
             funding.headers[CLAMPED] = str(tokens)
@@ -220,7 +212,7 @@ class Admission:
             return False
         settings, need = self._settings, Need(ask.body["model"], ask.kind, 0, ask.provider_id)
         try:  # one that may get the turn: nobody else sees its prompt
-            choice = choose(
+            engine = choose(
                 self._registry.snapshot, need, sample=settings.choice_sample,
                 turns_max=settings.engine_turns_max, rng=self._rng,
             )  # fmt: skip
@@ -228,7 +220,7 @@ class Admission:
             return False
         self._counting += 1
         try:
-            tokens = await self._count_prompt(ask, choice.engine)
+            tokens = await self._count_prompt(ask, engine)
         finally:
             self._counting -= 1
         if tokens is None or tokens >= funding.bound.prompt_tokens:

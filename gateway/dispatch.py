@@ -97,7 +97,8 @@ class Dispatcher:
         while not faults or self._may_go_on(turn, tried, faults[-1]):
             engine = self._choose(turn, tokens, tried, faults)
             tried.append(engine)
-            _begin(turn, engine, tokens)
+            turn.engine = engine
+            engine.began(tokens)
             try:
                 await self._attempt(turn, engine, down)
                 self._judge(tried, faults, is_answered=True)
@@ -106,7 +107,7 @@ class Dispatcher:
                 faults.append(fault)
                 self._fail(turn, engine, fault)
             finally:
-                _end(engine, tokens)
+                engine.ended(tokens)
         self._judge(tried, faults, is_answered=False)
         raise faults[-1].error
 
@@ -136,7 +137,8 @@ class Dispatcher:
         connection = pool.idle()
         if connection is None:
             return None
-        _begin(turn, engine, tokens)
+        turn.engine = engine
+        engine.began(tokens)
         flight = Flight(self, turn, connection, tokens, down, landed)
         self.flights.add(flight)
         connection.begin(pool.request(turn.ask.engine_path, turn.request_id, turn.sent), flight.news)
@@ -166,7 +168,7 @@ class Dispatcher:
         need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
         snapshot = self._registry.snapshot
         try:
-            choice = choose(
+            return choose(
                 snapshot,
                 need,
                 sample=settings.choice_sample,
@@ -178,7 +180,6 @@ class Dispatcher:
                 self._judge(tried, faults, is_answered=False)
                 raise faults[-1].error from faults[-1]
             raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
-        return choice.engine
 
     def _engine_body(self, turn: Turn) -> bytes:
         """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""
@@ -295,7 +296,7 @@ class Dispatcher:
     def landed(self, flight: "Flight") -> None:
         """A flight is over; what its engine did is noted as after any attempt."""
         self.flights.discard(flight)
-        _end(flight.engine, flight.tokens)
+        flight.engine.ended(flight.tokens)
         if isinstance(flight.error, EngineFault):
             self._fail(flight.turn, flight.engine, flight.error)
 
@@ -390,18 +391,3 @@ def _estimated(asked: dict[str, Any], answer: bytes) -> Tokens:
 def _load_tokens(turn: Turn) -> int:
     """What a turn counts for as load on its engine."""
     return len(turn.sent) // BYTES_PER_TOKEN + _expected_output(turn)
-
-
-def _begin(turn: Turn, engine: Engine, tokens: int) -> None:
-    turn.engine = engine
-    load = engine.load
-    load.turns += 1
-    load.tokens += tokens
-    engine.breaker.began()
-
-
-def _end(engine: Engine, tokens: int) -> None:
-    engine.breaker.ended()
-    load = engine.load
-    load.turns -= 1
-    load.tokens -= tokens

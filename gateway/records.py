@@ -2,16 +2,30 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 from billing.usage import UsageRecord
-from config.metrics import Metrics
+from config.logs import Bulk, Shape, bulk
+from config.metrics import SECONDS, Metrics
 
 log = logging.getLogger("poolgate.turns")
 
 BATCH_S = 0.25
 """Metrics and log lines lag this much: Prometheus reads every some seconds."""
+
+BOUNDS_MS = tuple(round(bound * 1000) for bound in SECONDS)
+
+LINE = Shape(
+    log.name,
+    logging.INFO,
+    "turn",
+    (
+        "request_id", "account_id", "key_id", "engine", "status", "prompt_tokens", "cached_tokens",
+        "completion_tokens", "ttft_ms", "duration_ms", "amount_nano",
+    ),
+    frozenset({"request_id", "engine"}),
+)  # fmt: skip
 
 
 class TurnRecords:
@@ -35,55 +49,116 @@ class TurnRecords:
 
     def flush(self) -> None:
         """Count and log what was settled since."""
+        if not self._noted:
+            return
         noted, self._noted = self._noted, []
         self._count(noted)
-        if log.isEnabledFor(logging.INFO):
-            for record in noted:
-                log.info("%s %s %s", record.surface, record.model, record.outcome, extra=_fields(record))
+        if log.isEnabledFor(LINE.level):
+            lines = bulk(LINE)
+            if lines is None:
+                _log_each(noted)
+            else:
+                _log_together(noted, lines)
 
-    def _count(self, noted: list[UsageRecord]) -> None:
-        """Counters take the sums of a batch: each touch of one looks up its labels, locks and asks for the process id."""
+    def _count(self, noted: Sequence[UsageRecord]) -> None:
+        """Metrics take the sums of a batch: each touch of one looks up its labels, locks and asks for the process id."""
         metrics = self._metrics
-        turns: Counter[tuple[str, str, str]] = Counter()
-        tokens: Counter[tuple[str, str]] = Counter()
-        charged: Counter[str] = Counter()
+        turns: dict[tuple[str, str, str], int] = {}
+        sums: dict[str, Sums] = {}
         for record in noted:
             model = record.model
-            turns[record.surface, model, record.outcome] += 1
-            tokens[model, "prompt"] += record.prompt_tokens - record.cached_tokens
-            tokens[model, "cached_prompt"] += record.cached_tokens
-            tokens[model, "completion"] += record.completion_tokens
-            charged[model] += record.amount_nano
+            names = (record.surface, model, record.outcome)
+            turns[names] = turns.get(names, 0) + 1
+            sum_ = sums.get(model)
+            if sum_ is None:
+                sum_ = sums[model] = Sums()
+            sum_.add(record)
             if record.loss_nano:
                 metrics.platform_loss.labels(record.node_id).inc(record.loss_nano)
         for names, count in turns.items():
             metrics.turns.labels(*names).inc(count)
+        for model, sum_ in sums.items():
+            sum_.count(metrics, model)
+
+
+class Sums:
+    """What the turns of one model in one batch come to."""
+
+    __slots__ = (
+        "amount_nano",
+        "cached",
+        "completion",
+        "duration",
+        "duration_ms",
+        "first_event",
+        "prompt",
+        "ttft_ms",
+    )
+
+    def __init__(self) -> None:
+        self.prompt = self.cached = self.completion = self.amount_nano = self.duration_ms = self.ttft_ms = 0
+        self.duration = [0] * (len(BOUNDS_MS) + 1)
+        self.first_event = [0] * (len(BOUNDS_MS) + 1)
+
+    def add(self, record: UsageRecord) -> None:
+        """One turn more."""
+        self.prompt += record.prompt_tokens
+        self.cached += record.cached_tokens
+        self.completion += record.completion_tokens
+        self.amount_nano += record.amount_nano
+        duration_ms, ttft_ms = record.duration_ms, record.ttft_ms
+        self.duration_ms += duration_ms
+        self.duration[bisect_left(BOUNDS_MS, duration_ms)] += 1
+        if ttft_ms is not None:
+            self.ttft_ms += ttft_ms
+            self.first_event[bisect_left(BOUNDS_MS, ttft_ms)] += 1
+
+    def count(self, metrics: Metrics, model: str) -> None:
+        """Into the metrics."""
+        tokens = {
+            "prompt": self.prompt - self.cached,
+            "cached_prompt": self.cached,
+            "completion": self.completion,
+        }
         for kind, count in tokens.items():
             if count:
-                metrics.tokens.labels(*kind).inc(count)
-        for model, amount_nano in charged.items():
-            if amount_nano:
-                metrics.charged.labels(model).inc(amount_nano)
-            of_model = [record for record in noted if record.model == model]
-            duration, first_event = metrics.duration.labels(model), metrics.first_event.labels(model)
-            for record in of_model:
-                duration.observe(record.duration_ms / 1000)
-                if record.ttft_ms is not None:
-                    first_event.observe(record.ttft_ms / 1000)
+                metrics.tokens.labels(model, kind).inc(count)
+        if self.amount_nano:
+            metrics.charged.labels(model).inc(self.amount_nano)
+        metrics.duration.labels(model).add(self.duration, self.duration_ms / 1000)
+        metrics.first_event.labels(model).add(self.first_event, self.ttft_ms / 1000)
 
 
-def _fields(record: UsageRecord) -> dict[str, object]:
-    return {
-        "action": "turn",
-        "request_id": f"req_{record.turn_id.hex}",
-        "account_id": record.account_id,
-        "key_id": record.key_id,
-        "engine": f"{record.node_id}/{record.engine_id}",
-        "status": record.status,
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": record.cached_tokens,
-        "completion_tokens": record.completion_tokens,
-        "ttft_ms": record.ttft_ms,
-        "duration_ms": record.duration_ms,
-        "amount_nano": record.amount_nano,
-    }
+def _log_together(noted: Sequence[UsageRecord], lines: Bulk) -> None:
+    shown, null = lines.shown, lines.null
+    lines.write(
+        (
+            shown[f"{record.surface} {record.model} {record.outcome}"],
+            (
+                "req_" + record.turn_id.hex, record.account_id, record.key_id,
+                shown[f"{record.node_id}/{record.engine_id}"], record.status, record.prompt_tokens,
+                record.cached_tokens, record.completion_tokens,
+                null if record.ttft_ms is None else record.ttft_ms, record.duration_ms, record.amount_nano,
+            ),
+        )
+        for record in noted
+    )  # fmt: skip
+
+
+def _log_each(noted: Sequence[UsageRecord]) -> None:
+    for record in noted:
+        extras = {
+            "action": LINE.action,
+            "request_id": f"req_{record.turn_id.hex}",
+            "account_id": record.account_id,
+            "key_id": record.key_id,
+            "engine": f"{record.node_id}/{record.engine_id}",
+            "status": record.status,
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "completion_tokens": record.completion_tokens,
+            "ttft_ms": record.ttft_ms,
+            "duration_ms": record.duration_ms,
+            "amount_nano": record.amount_nano,
+        }
+        log.log(LINE.level, "%s %s %s", record.surface, record.model, record.outcome, extra=extras)

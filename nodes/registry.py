@@ -127,6 +127,7 @@ class Registry:
         finally:
             self._probing.discard(engine)
         if engine.breaker.is_open and engine.breaker.probed(is_good, self._clock.monotonic()):
+            engine.comes_back()
             log.info(
                 "engine %s answers again",
                 engine.key,

@@ -1,14 +1,19 @@
-"""`choose`: one engine for one turn. Filters drop those that can't, scores rank a few sampled ones, ties fall at random.
+"""`choose`: one engine for one turn. Groups leave out those that can't, scores rank a few sampled ones, ties fall at random.
 
 Sampling keeps the cost the same for 10 and for 10,000 engines, and keeps workers that act on load 200 ms old from all
-running to the same engine.
+running to the same engine. A snapshot's groups keep it the same where few of the 10,000 are fit.
 """
 
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from nodes.routing.snapshot import Engine, Snapshot
+from nodes.routing.snapshot import Engine, Group, Snapshot
+
+INFINITE = float("inf")
+
+MISSES_MAX = 8
+"""Unfit engines that one choice meets before it looks through all of their group at once."""
 
 
 class NoEngine(Exception):
@@ -20,7 +25,7 @@ class NoEngine(Exception):
         super().__init__(f"no engine for {model}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each turn, and that would take it five times as long
 class Need:
     """What a turn asks of an engine. `tokens` is its size as load, `context` about how many it needs room for;
     `tried` engines are not asked again."""
@@ -33,50 +38,72 @@ class Need:
     context: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The engine, and how many served the model at all."""
+def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: random.Random) -> Engine:
+    """The least loaded of `sample` fit engines, those with enough context before others. Raises NoEngine.
 
-    engine: Engine
-    candidates: int
-
-
-def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: random.Random) -> Choice:
-    """The least loaded of `sample` fit engines, those with enough context before others. Raises NoEngine."""
-    candidates = snapshot.by_model.get(need.model, ())
-    count = len(candidates)
-    sampled = candidates if count <= sample else rng.sample(candidates, sample)
-    fit = [engine for engine in sampled if is_fit(engine, need, turns_max)]
-    roomy = [engine for engine in fit if is_roomy(engine, need)]
-    if not roomy and count > sample:  # many are down, tried or small: look at all before giving up
-        fit = [engine for engine in candidates if is_fit(engine, need, turns_max)]
-        roomy = [engine for engine in fit if is_roomy(engine, need)]
-    if not fit:
-        raise NoEngine(need.model, is_known=count > 0)
-    return Choice(pick(roomy or fit, rng), count)
+    The estimate of the context may be wrong, so it only orders: an engine that is too small says so itself, exactly.
+    """
+    group = snapshot.groups.get((need.model, need.kind, need.account_id))
+    if group is None:
+        raise NoEngine(need.model, is_known=need.model in snapshot.by_model)
+    roomy = group.roomy(need.context)
+    small = len(group.fit) - roomy
+    found = _sampled(group, 0, roomy, need.tried, sample, turns_max, rng)
+    if not found and small:
+        end = len(group.fit)
+        found = _sampled(group, end - small, end, need.tried, sample, turns_max, rng)
+    if not found:
+        raise NoEngine(need.model, is_known=True)
+    return pick(found, rng)
 
 
-def is_roomy(engine: Engine, need: Need) -> bool:
-    """The estimate may be wrong, so it only orders: an engine that is too small says so itself, exactly."""
-    return (
-        engine.models[need.model].context_length == 0
-        or engine.models[need.model].context_length >= need.context
-    )
+def _sampled(
+    group: Group, start: int, end: int, tried: Collection[Engine], sample: int, turns_max: int, rng: random.Random
+) -> list[Engine]:  # fmt: skip
+    """`sample` of the engines in `group.fit[start:end]` that are fit and untried, or all where there are few.
 
-
-def is_fit(engine: Engine, need: Need, turns_max: int) -> bool:
-    """Breaker closed, room for a turn, right kind of model, not tried yet, and the pinned provider's if one is pinned."""
-    return (
-        engine.breaker.admits
-        and engine.load.turns < turns_max
-        and engine.models[need.model].kind == need.kind
-        and engine not in need.tried
-        and (need.account_id is None or engine.account_id == need.account_id)
-    )
+    Unfit ones are taken out of the group as they are met.
+    """
+    fit, draw = group.fit, rng.random
+    few = sample + len(tried)
+    found: list[Engine] = []
+    misses = 0
+    while (count := end - start) > few:
+        place = start + int(draw() * count)
+        engine = fit[place]
+        breaker = engine.breaker  # what `is_fit` asks, without two calls for each engine
+        if breaker.is_open or engine.load.turns >= turns_max or (breaker.is_trial and breaker.has_trial):
+            if misses == MISSES_MAX:
+                end = group.sweep(start, end, turns_max)
+            else:
+                group.take_out(place)
+                end -= 1
+                misses += 1
+        elif engine not in found and engine not in tried:
+            found.append(engine)
+            if len(found) == sample:
+                return found
+    for engine in fit[start:end]:
+        if not engine.is_fit(turns_max):
+            misses += 1
+        elif engine not in found and engine not in tried:
+            found.append(engine)
+    if misses:
+        group.sweep(start, end, turns_max)
+    return found
 
 
 def pick(fit: Sequence[Engine], rng: random.Random) -> Engine:
     """The lowest load; equal ones in turn at random."""
-    if len(fit) == 1:
-        return fit[0]
-    return min(fit, key=lambda engine: (engine.load.in_tokens, rng.random()))
+    best, least, equal = fit[0], INFINITE, 0
+    for engine in fit:
+        load = engine.load.in_tokens
+        if load < least:
+            best, least, equal = engine, load, 1
+        elif load == least:
+            equal += (
+                1  # the n-th of equal ones replaces the one before in one case of n: all have the same chance
+            )
+            if rng.random() * equal < 1:
+                best = engine
+    return best

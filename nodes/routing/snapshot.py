@@ -1,9 +1,12 @@
 """What the router sees: engines by model, as one immutable picture, with the live load of each beside it.
 
 A new snapshot is built when nodes or engines change; the `Engine` objects live on from one to the next, because the turns
-in flight on them do.
+in flight on them do. Beside each group of engines that can stand in for one another lies the list of those worth a look:
+who finds one there that can't take a turn takes it out, and what makes it fit again (a turn's end, a good probe) puts it
+back. So the three engines that are left of ten thousand are found without looking at the others.
 """
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,6 +16,9 @@ from nodes.breaker import Breaker
 
 TOKENS_PER_WAITING_TURN = 256
 """What a turn waiting inside an engine counts for, when we don't know its size: a common answer's length."""
+
+UNTOLD = 2**62
+"""Tokens of context that an engine counts as having if it does not tell how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,10 @@ class Load:
     @property
     def in_tokens(self) -> float:
         """One number: tokens in flight from this gateway, plus turns of others' inside it, plus a full KV cache's weight."""
-        foreign = max(0, self.running + self.waiting - self.turns - self.others_turns)
-        known = self.tokens + self.others_tokens + foreign * TOKENS_PER_WAITING_TURN
+        foreign = self.running + self.waiting - self.turns - self.others_turns
+        known = self.tokens + self.others_tokens
+        if foreign > 0:
+            known += foreign * TOKENS_PER_WAITING_TURN
         return known * (1.0 + self.kv_usage)
 
 
@@ -65,6 +73,34 @@ class Engine:
     breaker: Breaker
     incarnation: int = 0
     load: Load = field(default_factory=Load)
+    absent: "list[Group]" = field(default_factory=list)
+    """Groups of the newest snapshot that took it out of `fit`."""
+
+    def began(self, tokens: int) -> None:
+        """A turn of that size goes there now; `ended` follows, whatever becomes of it."""
+        load = self.load
+        load.turns += 1
+        load.tokens += tokens
+        self.breaker.began()
+
+    def ended(self, tokens: int) -> None:
+        """That turn is over: there is room for another."""
+        load = self.load
+        load.turns -= 1
+        load.tokens -= tokens
+        self.breaker.ended()
+        if self.absent:
+            self.comes_back()
+
+    def is_fit(self, turns_max: int) -> bool:
+        """It may get a turn now: its breaker lets one through, and it has fewer than `turns_max` from this worker."""
+        return self.load.turns < turns_max and self.breaker.admits
+
+    def comes_back(self) -> None:
+        """It may be fit again, as its breaker closed or a turn ended: worth a look in every group."""
+        for group in self.absent:
+            group.put_back(self)
+        self.absent.clear()
 
     @property
     def authority(self) -> str:
@@ -77,24 +113,77 @@ class Engine:
         return f"<Engine {self.key} turns={self.load.turns} breaker={state}>"
 
 
+class Group:
+    """Engines that serve one model in one way, of all providers or of one: any of them could take the same turn.
+
+    `context_max` is the largest context that one of them gives the model, None if one does not tell; `context_min` the
+    smallest that is told, None if none is. `fit` are those worth a look, the roomiest first.
+    """
+
+    __slots__ = ("_scarcity", "context_max", "context_min", "engines", "fit")
+
+    def __init__(self, model: str, engines: Iterable[Engine]) -> None:
+        lengths = {engine: engine.models[model].context_length for engine in engines}
+        told = [length for length in lengths.values() if length]
+        self.context_max = max(told) if len(told) == len(lengths) else None
+        self.context_min = min(told, default=None)
+        # How little context they have, for sorting; one that does not tell counts as having all.
+        self._scarcity = {engine: -(length or UNTOLD) for engine, length in lengths.items()}
+        self.fit = sorted(lengths, key=self._scarcity.__getitem__)
+        self.engines = tuple(self.fit)
+
+    def roomy(self, context: int) -> int:
+        """How many of `fit`, from the first, have room for that many tokens."""
+        if self.context_min is None or context <= self.context_min:
+            return len(self.fit)
+        return bisect_right(self.fit, -context, key=self._scarcity.__getitem__)
+
+    def put_back(self, engine: Engine) -> None:
+        """It may be fit again."""
+        insort(self.fit, engine, key=self._scarcity.__getitem__)
+
+    def take_out(self, place: int) -> None:
+        """The engine at that place of `fit` can't take a turn now; what changes that says `comes_back`."""
+        self.fit.pop(place).absent.append(self)
+
+    def sweep(self, start: int, end: int, turns_max: int) -> int:
+        """Take out everyone in `fit[start:end]` that can't take a turn now; where those who are left end."""
+        seen = self.fit[start:end]
+        left = [engine for engine in seen if engine.is_fit(turns_max)]
+        if len(left) < len(seen):
+            for engine in set(seen).difference(left):
+                engine.absent.append(self)
+            self.fit[start:end] = left
+        return start + len(left)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All engines that are ready on nodes that are online, by model."""
+    """All engines that are ready on nodes that are online, by model.
+
+    `groups`: by model, kind and provider (None: of all). An engine belongs to the groups of the newest snapshot alone.
+    """
 
     by_model: Mapping[str, tuple[Engine, ...]] = field(default_factory=lambda: MappingProxyType({}))
     engines: tuple[Engine, ...] = ()
     nodes_online: int = 0
+    groups: Mapping[tuple[str, str, int | None], Group] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(cls, engines: Iterable[Engine], nodes_online: int) -> "Snapshot":
         """Index `engines` by each model that they serve."""
         everything = tuple(engines)
         by_model: dict[str, list[Engine]] = {}
+        members: dict[tuple[str, str, int | None], list[Engine]] = {}
         for engine in everything:
-            for model in engine.models:
+            engine.absent.clear()
+            for model, facts in engine.models.items():
                 by_model.setdefault(model, []).append(engine)
+                members.setdefault((model, facts.kind, None), []).append(engine)
+                members.setdefault((model, facts.kind, engine.account_id), []).append(engine)
         index = MappingProxyType({model: tuple(row) for model, row in by_model.items()})
-        return cls(index, everything, nodes_online)
+        groups = MappingProxyType({key: Group(key[0], row) for key, row in members.items()})
+        return cls(index, everything, nodes_online, groups)
 
     def models(self) -> dict[str, Model]:
         """Every model that is served, with the largest context that any engine gives it."""

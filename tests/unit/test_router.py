@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config.defaults import Settings
 from nodes.breaker import Breaker
-from nodes.routing.router import Need, NoEngine, choose, is_fit
+from nodes.routing.router import MISSES_MAX, Need, NoEngine, choose
 from nodes.routing.snapshot import Engine, Load, Model, Snapshot
 
 SETTINGS = Settings()
@@ -39,7 +41,7 @@ def need(**of: Any) -> Need:
 
 def chosen(engines: Iterable[Engine], wanted: Need | None = None, **options: Any) -> Engine:
     given = {"sample": 4, "turns_max": 100, "rng": random.Random(1)} | options
-    return choose(Snapshot.of(engines, 1), wanted or need(), **given).engine
+    return choose(Snapshot.of(engines, 1), wanted or need(), **given)
 
 
 def test_the_least_loaded_gets_the_turn():
@@ -123,7 +125,12 @@ def test_a_model_that_is_in_no_engine_is_told_apart_from_one_that_none_can_take(
     ],
 )
 def test_who_is_fit(of, wanted, fits):
-    assert is_fit(engine(**of), need(**wanted), 100) is fits
+    one = engine(**of)
+    if fits:
+        assert chosen([one], need(**wanted)) is one
+    else:
+        with pytest.raises(NoEngine):
+            chosen([one], need(**wanted))
 
 
 def test_an_engine_with_room_for_the_context_comes_before_an_idle_small_one():
@@ -141,32 +148,129 @@ def test_an_engine_that_tells_no_context_length_counts_as_roomy():
     assert chosen([unknown, engine("small", context=10)], need(context=4000)) is unknown
 
 
-def test_the_three_that_fit_are_found_among_ten_thousand():
-    pool = [engine(str(n), is_open=True) for n in range(9_997)]
-    fit = [engine(f"fit{n}", tokens=n) for n in range(3)]
-    everything = [*pool[:5000], *fit, *pool[5000:]]
-    snapshot, rng = Snapshot.of(everything, 1), random.Random(3)
-    found = {choose(snapshot, need(), sample=4, turns_max=100, rng=rng).engine.key for _ in range(10)}
-    assert found == {"fit0"}
+class Watched(Breaker):
+    """Notes each look at it."""
+
+    looks: list[Breaker] = []  # noqa: RUF012 - all write into one
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self.opened = opened
+        super().__init__(SETTINGS)
+
+    @property
+    def is_open(self) -> bool:  # type: ignore[override]
+        self.looks.append(self)
+        return self.opened
+
+    @is_open.setter
+    def is_open(self, _value: bool) -> None: ...
 
 
 def test_a_sampled_choice_looks_at_no_more_engines_than_the_sample():
-    looked: list[str] = []
-
-    class Watched(Breaker):
-        @property
-        def is_open(self) -> bool:  # type: ignore[override]
-            looked.append("x")
-            return False
-
-        @is_open.setter
-        def is_open(self, _value: bool) -> None: ...
-
     engines = [engine(str(n)) for n in range(10_000)]
     for one in engines:
-        one.breaker = Watched(SETTINGS)
+        one.breaker = Watched()
+    Watched.looks.clear()
     chosen(engines)
-    assert len(looked) == 4
+    assert len(Watched.looks) == 4
+
+
+@pytest.mark.parametrize(
+    ("those", "others", "wanted"),
+    [
+        ({}, {"models": ["other"]}, {}),
+        ({"account": 2}, {}, {"account_id": 2}),
+        ({"kind": "pooling"}, {}, {"kind": "pooling"}),
+        ({}, {"is_open": True}, {}),
+        ({}, {"turns": 100}, {}),
+        ({"context": 8192}, {"context": 2048}, {"context": 4000}),
+    ],
+)
+def test_the_three_that_fit_are_found_among_ten_thousand_without_looking_at_the_others(those, others, wanted):
+    pool = [engine(str(n), **others) for n in range(9_997)]
+    fit = [engine(f"fit{n}", **{"tokens": n, "turns": 1} | those) for n in range(3)]
+    everything = [*pool[:5000], *fit, *pool[5000:]]
+    for one in everything:
+        one.breaker = Watched(opened=one.breaker.is_open)
+    snapshot, rng = Snapshot.of(everything, 1), random.Random(3)
+    assert choose(snapshot, need(**wanted), sample=4, turns_max=100, rng=rng) is fit[0]
+    Watched.looks.clear()
+    for _ in range(10):
+        assert choose(snapshot, need(**wanted), sample=4, turns_max=100, rng=rng) is fit[0]
+    assert {id(seen) for seen in Watched.looks} == {id(one.breaker) for one in fit}
+    assert len(Watched.looks) == 30
+
+
+def test_a_choice_that_meets_many_unfit_engines_looks_at_each_once():
+    everything = [engine(str(n), is_open=n != 5000) for n in range(10_000)]
+    for one in everything:
+        one.breaker = Watched(opened=one.breaker.is_open)
+    Watched.looks.clear()
+    assert chosen(everything) is everything[5000]
+    assert len(Watched.looks) <= 10_000 + MISSES_MAX + 2
+
+
+def test_an_engine_that_was_full_gets_turns_again_when_one_ends():
+    first, second = engine("1"), engine("2", tokens=10**6)
+    snapshot, rng = Snapshot.of([first, second], 1), random.Random(1)
+    first.began(10)
+    assert choose(snapshot, need(), sample=4, turns_max=1, rng=rng) is second
+    first.ended(10)
+    assert (first.load.turns, first.load.tokens) == (0, 0)
+    assert choose(snapshot, need(), sample=4, turns_max=1, rng=rng) is first
+
+
+def test_an_engine_belongs_to_the_groups_of_the_newest_snapshot_alone():
+    one, rng = engine(turns=1), random.Random(1)
+    for _ in range(2):
+        snapshot = Snapshot.of([one], 1)
+        with pytest.raises(NoEngine):
+            choose(snapshot, need(), sample=4, turns_max=1, rng=rng)
+    assert [group in snapshot.groups.values() for group in one.absent] == [True]
+    one.ended(0)
+    assert choose(snapshot, need(), sample=4, turns_max=1, rng=rng) is one
+
+
+STEPS = st.tuples(
+    st.sampled_from(["begin", "end", "fail", "good", "probe", "snapshot", "choose"]), st.integers(0, 5)
+)
+
+
+@given(st.lists(STEPS, max_size=80), st.integers(0, 3))
+def test_whatever_happens_every_fit_engine_can_be_chosen_and_no_other(steps, sample_less):
+    settings = Settings(breaker_failures=2, breaker_successes=1)
+    engines = [engine(str(n), context=(0, 2048, 8192)[n % 3], account=n % 2) for n in range(6)]
+    for one in engines:
+        one.breaker = Breaker(settings)
+    snapshot, rng, sample = Snapshot.of(engines, 1), random.Random(1), 4 - sample_less
+    for step, which in steps:
+        one = engines[which]
+        if step == "begin":
+            one.began(10)
+        elif step == "end" and one.load.turns:
+            one.ended(10)
+        elif step == "fail":
+            one.breaker.failed(1.0)
+        elif step == "good" and one.load.turns:
+            one.breaker.succeeded()
+            one.ended(10)
+        elif step == "probe" and one.breaker.is_open and one.breaker.probed(True, 2.0):
+            one.comes_back()
+        elif step == "snapshot":
+            snapshot = Snapshot.of(engines, 1)
+        for account in (None, 0, 1):
+            fit = {one for one in engines if one.is_fit(2) and account in (None, one.account_id)}
+            wanted = need(account_id=account, context=3000)
+            group = snapshot.groups[M, "generate", account]
+            if fit:
+                found = choose(snapshot, wanted, sample=sample, turns_max=2, rng=rng)
+                roomy = {one for one in fit if one.models[M].context_length != 2048}
+                assert found in (roomy or fit)
+            else:
+                with pytest.raises(NoEngine):
+                    choose(snapshot, wanted, sample=sample, turns_max=2, rng=rng)
+            assert fit <= set(group.fit)
+            assert len(set(group.fit)) == len(group.fit)
 
 
 def test_it_changes_nothing():

@@ -1,6 +1,7 @@
 """The snapshot's index, and the registry that makes one from rows: what lives on, what is left out, what is told."""
 
 import logging
+import random
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from config.defaults import Settings
 from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused
 from nodes.registry import Registry
-from nodes.routing.snapshot import Snapshot
+from nodes.routing.router import Need, NoEngine, choose
+from nodes.routing.snapshot import Engine, Snapshot
 
 SETTINGS = Settings(breaker_failures=2)
 
@@ -62,6 +64,34 @@ def test_an_engine_keeps_its_load_and_breaker_from_one_snapshot_to_the_next(regi
     assert set(engine.models) == {"m", "new"}
     assert registry.snapshot is not before
     assert set(before.by_model) == {"m"}, "a choice under way goes on with its own picture"
+
+
+def test_a_group_tells_the_largest_and_the_smallest_context_of_its_engines(registry):
+    registry.apply([row("a", models={"m": 2048, "n": 4096}), row("b", models={"m": 8192, "n": 0})], 1)
+    groups = registry.snapshot.groups
+    assert [(group.context_max, group.context_min) for group in (groups["m", "generate", None],)] == [
+        (8192, 2048)
+    ]
+    assert (groups["n", "generate", 1].context_max, groups["n", "generate", 1].context_min) == (None, 4096)
+    assert [engine.engine_id for engine in groups["n", "generate", None].engines] == ["b", "a"], (
+        "roomiest first"
+    )
+
+
+async def test_an_engine_that_answers_its_probes_gets_turns_again(registry, clock):
+    registry.apply([row()], 1)
+    engine, rng, need = registry.engine("n1/e0"), random.Random(1), Need("m", "generate", 1)
+    for _ in range(2):
+        registry.engine_failed(engine)
+    with pytest.raises(NoEngine):
+        choose(registry.snapshot, need, sample=4, turns_max=9, rng=rng)
+
+    async def probe(_engine: Engine) -> bool:
+        return True
+
+    for _ in range(SETTINGS.breaker_successes):
+        await registry._probe(engine, probe)
+    assert choose(registry.snapshot, need, sample=4, turns_max=9, rng=rng) is engine
 
 
 @pytest.mark.parametrize("change", [{"port": 9009}, {"restarts": 1}])
