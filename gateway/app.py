@@ -20,6 +20,7 @@ from config.metrics import Metrics
 from config.postgres import open_pool
 from config.valkey import open_valkey
 from gateway import VERSION
+from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
 from gateway.api.openai import chat, complete, embeddings, models, responses
@@ -41,6 +42,7 @@ from gateway.records import TurnRecords
 from gateway.relay.downstream import ClientProtocol
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.tls import TlsFiles
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
@@ -75,11 +77,11 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._tasks: list[asyncio.Task[None]] = []
-        self._servers: list[asyncio.Server] = []
+        self._tls = TlsFiles.of(settings)
         self.failed = asyncio.Event()
 
-    async def start(self, sock: socket.socket) -> None:
-        """Serve on `sock`, which listens already."""
+    async def start(self, sock: socket.socket, *, accepts: bool = True) -> None:
+        """Serve on `sock`, which listens already or is bound. Without `accepts`, only when `acceptor` is started."""
         settings = self.settings
         clock = SystemClock()
         worker = f"{socket.gethostname()}-{os.getpid()}"
@@ -148,8 +150,11 @@ class Gateway:
             self._set_gauges(),
             self._watch_leases(),
             *self.money.parts(),
+            *([self._tls.run()] if self._tls else []),
         )
         await self._listen(app, sock)
+        if accepts:
+            await self.acceptor.start()
 
     def _application(
         self, keyring: KeyRing, nodes: NodeStore, networks: AllowedNetworks, prices: PriceBook
@@ -215,7 +220,12 @@ class Gateway:
                 **options,
             )
 
-        self._servers.append(await loop.create_server(connection, sock=sock, backlog=4096))
+        self.acceptor = Acceptor(
+            sock,
+            connection,
+            tls=self._tls.context if self._tls else None,
+            handshake_s=settings.tls_handshake_s,
+        )
 
     async def _probe(self, engine: Engine) -> bool:
         """One question to an engine whose breaker is open."""
@@ -245,8 +255,7 @@ class Gateway:
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
-        for server in self._servers:
-            server.close()
+        await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
         manager.pre_shutdown()  # idle connections close now, busy ones after their answer
