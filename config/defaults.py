@@ -73,7 +73,8 @@ class Settings:
         unit="seconds",
     )
     cors_origins: str = knob(
-        "", "origins whose pages may read answers, comma separated, or `*`; empty: none, as keys belong on servers"
+        "",
+        "origins whose pages may read answers, comma separated, or `*`; empty: none, as keys belong on servers",
     )
     answer_bytes_max: int = knob(
         64 * 2**20,
@@ -87,6 +88,31 @@ class Settings:
         "how long begun turns may go on after SIGTERM before they are cut",
         low=0,
         high=3600,
+        unit="seconds",
+    )
+    reload_ready_s: float = knob(
+        60.0,
+        "after SIGHUP: a worker with new settings that is not ready within this is given up, and the old one goes on",
+        low=1,
+        high=3600,
+        unit="seconds",
+    )
+    probe_host: str = knob("127.0.0.1", "address of the probe listener; 0.0.0.0 opens it to the network")
+    probe_port: int = knob(
+        0,
+        "port on which the supervisor itself answers /ready, /health and /metrics, however busy workers are; 0: none",
+        low=0,
+        high=65535,
+    )
+    tls_certificate: str = knob(
+        "", "PEM file of the certificate and its chain, read again when it changes; empty: plain HTTP"
+    )
+    tls_key: str = knob("", "PEM file of the certificate's key, without a password")
+    tls_handshake_s: float = knob(
+        10.0,
+        "a TLS handshake takes a few round trips; one that takes longer holds memory for nobody",
+        low=0.1,
+        high=120,
         unit="seconds",
     )
 

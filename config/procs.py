@@ -1,4 +1,4 @@
-"""Owns that no process outlives its parent: a pipe whose end says so, and Linux's death signal.
+"""Owns that no process outlives its parent, by a pipe whose end says so and Linux's death signal, nor its terminal.
 
 What a process does to end well, and who restarts it, is left to its owner.
 """
@@ -99,6 +99,19 @@ def die_with_parent(on_death: Callable[[], None] | None = None, *, bound_s: floa
     return True
 
 
+class Terminal:
+    """What a SIGHUP means: the kernel sends it when the terminal hangs up, people send it to have settings read again."""
+
+    def __init__(self) -> None:
+        # `nohup` wants us to live on; a daemon has no terminal to lose.
+        self._matters = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
+
+    @property
+    def has_hung_up(self) -> bool:
+        """There was one when this process began, and it is gone."""
+        return self._matters and not _has_terminal()
+
+
 def pdeathsig(death_signal: int) -> Callable[[], None]:
     """A `preexec_fn` by which Linux signals the child when we die; on other systems it does nothing.
 
@@ -144,6 +157,14 @@ def _await_death(lifeline: int, on_death: Callable[[], None], bound_s: float) ->
 
 def _ask_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _do_nothing() -> None:

@@ -122,7 +122,12 @@ _RULES: tuple[_Rule, ...] = (
         "minor_per_major", lambda settings: NANO_PER_MAJOR % settings.minor_per_major == 0,
         lambda _settings: "must divide 1000000000: a minor unit is a whole number of nano",
     ),
+    (
+        "tls_key", lambda settings: bool(settings.tls_certificate) == bool(settings.tls_key),
+        lambda _settings: "must go together with tls_certificate: both, or neither",
+    ),
     _text("host", bool, "an address; 0.0.0.0 is every one"),
+    _text("probe_host", bool, "an address; 0.0.0.0 is every one"),
     _text("data_dir", bool, "the path of a folder"),
     _text("currency", lambda text: bool(re.fullmatch("[A-Z]{3}", text)), "three capital letters (ISO 4217)"),
     _text("node_networks", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),

@@ -20,6 +20,7 @@ from config.metrics import Metrics
 from config.postgres import open_pool
 from config.valkey import open_valkey
 from gateway import VERSION
+from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
 from gateway.api.inference import AskOf
@@ -45,6 +46,7 @@ from gateway.money import Money
 from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.tls import TlsFiles
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
@@ -89,11 +91,11 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._tasks: list[asyncio.Task[None]] = []
-        self._servers: list[asyncio.Server] = []
+        self._tls = TlsFiles.of(settings)
         self.failed = asyncio.Event()
 
-    async def start(self, sock: socket.socket) -> None:
-        """Serve on `sock`, which listens already."""
+    async def start(self, sock: socket.socket, *, accepts: bool = True) -> None:
+        """Serve on `sock`, which listens already or is bound. Without `accepts`, only when `acceptor` is started."""
         settings = self.settings
         clock = SystemClock()
         worker = f"{socket.gethostname()}-{os.getpid()}"
@@ -163,8 +165,11 @@ class Gateway:
             self._set_gauges(),
             self._watch_leases(),
             *self.money.parts(),
+            *([self._tls.run()] if self._tls else []),
         )
         await self._listen(app, sock)
+        if accepts:
+            await self.acceptor.start()
 
     def _application(
         self, keyring: KeyRing, nodes: NodeStore, networks: AllowedNetworks, prices: PriceBook
@@ -233,7 +238,12 @@ class Gateway:
             settings, turns=turns, handler=handler, cors=app[services.CORS], metrics=self.metrics
         )
         self._begin(self.door.run())
-        self._servers.append(await loop.create_server(self.door, sock=sock, backlog=4096))
+        self.acceptor = Acceptor(
+            sock,
+            self.door,
+            tls=self._tls.context if self._tls else None,
+            handshake_s=settings.tls_handshake_s,
+        )
 
     async def _probe(self, engine: Engine) -> bool:
         """One question to an engine whose breaker is open."""
@@ -263,8 +273,7 @@ class Gateway:
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
-        for server in self._servers:
-            server.close()
+        await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
         self.door.drain()

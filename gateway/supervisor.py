@@ -1,4 +1,4 @@
-"""Owns the listening sockets and the worker processes: a dead worker gets a successor on the same socket.
+"""Owns the listening sockets and the workers: starts them, replaces the dead, reloads on SIGHUP, ends all on SIGTERM.
 
 What a worker does is `gateway.worker`'s. The sockets stay open here, so connections that queue on a dead worker's socket
 wait for its successor instead of being reset.
@@ -8,116 +8,96 @@ import logging
 import os
 import resource
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, TimeoutExpired
 from types import FrameType
 
 from config import metrics
 from config.defaults import Settings
 from config.logs import setup_logs
-from config.procs import Child, spawn_python
-from gateway.worker import orders
+from config.procs import Terminal
+from config.settings import BadSetting
+from gateway.probes import Board, Probes
+from gateway.reload import Reload, reloadable
+from gateway.slots import Slot
+from gateway.sockets import PortInUse, deafen, exclusive_socket, joining, listening_sockets
+from gateway.worker_process import WorkerProcess
 
 log = logging.getLogger("poolgate.supervisor")
 
 POLL_S = 0.1
-RESTART_MIN_S, RESTART_MAX_S = 0.1, 10.0
-STEADY_S = 30.0
-"""A worker that lived this long is taken as sound: its successor starts at once."""
 
-BACKLOG = 4096
 KILL_AFTER_S = 25.0
 """Past `shutdown_grace_s`, before a worker is killed: 10 s for writing what turns used, and all other steps' bounds."""
 
+HANDSHAKES_S = 0.25
+"""From when sockets are deaf until workers leave them: handshakes under way end in a round trip."""
 
-class PortInUse(OSError):
-    """Another program listens on the address."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """One listening socket and the worker that serves it."""
-
-    sock: socket.socket
-    child: Child | None = None
-    started_s: float = 0.0
-    pause_s: float = RESTART_MIN_S
-    start_at_s: float = 0.0
+Reread = Callable[[], Settings]
 
 
-def serve(settings: Settings) -> int:
-    """Run `settings.workers` workers until SIGTERM or SIGINT; the exit code."""
+def serve(settings: Settings, reread: Reread | None = None) -> int:
+    """Run `settings.workers` workers until SIGTERM or SIGINT; the exit code. `reread` finds the settings of a reload, and
+    raises BadSetting; without it SIGHUP starts workers with the same ones."""
     setup_logs(settings, "supervisor")
     raise_descriptor_limit()
-    with tempfile.TemporaryDirectory(prefix="poolgate-metrics-") as folder, stop_signals() as stop:
+    with ExitStack() as stack:
+        signals = stack.enter_context(heeded_signals())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="poolgate-metrics-"))
         metrics.prepare_folder(Path(folder))
+        board = Board()
         try:
             slots = [Slot(sock) for sock in listening_sockets(settings)]
+            if settings.probe_port:
+                probe = exclusive_socket(settings.probe_host, settings.probe_port, option="probe_port")
+                stack.enter_context(Probes(probe, board))
         except PortInUse as error:
             log.critical("%s", error, extra={"action": "port_in_use"})
             return 1
         log.info(
-            "listening on http://%s:%d with %d worker(s)", settings.host, settings.port, settings.workers,
-            extra={"action": "listening"},
+            "listening on %s://%s:%d with %d worker(s)", "https" if settings.tls_certificate else "http",
+            settings.host, settings.port, settings.workers, extra={"action": "listening"},
         )  # fmt: skip
-        while not stop.is_set:
-            for slot in slots:
-                _tend(slot, settings)
+        supervisor = Supervisor(settings, slots, board, reread or (lambda: settings))
+        while not signals.stop:
+            if signals.reload:
+                signals.reload = False
+                supervisor.wants_reload = True
+            supervisor.tick(time.monotonic())
             time.sleep(POLL_S)
-        return _stop(slots, settings)
+        return supervisor.stop()
 
 
-class StopFlag:
-    """Set by the first SIGTERM or SIGINT."""
+class Signals:
+    """What came since it was last looked at."""
 
-    is_set = False
+    def __init__(self) -> None:
+        self.stop = False
+        self.reload = False
+        self._terminal = Terminal()
 
-    def __call__(self, _signum: int, _frame: FrameType | None) -> None:
-        self.is_set = True
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and not self._terminal.has_hung_up:
+            self.reload = True
+        else:
+            self.stop = True
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopFlag]:
-    """SIGTERM and SIGINT set the flag instead of ending the process."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
+def heeded_signals() -> Iterator[Signals]:
+    """SIGTERM and SIGINT ask for a stop, SIGHUP for a reload, or for a stop where the terminal has hung up."""
+    signals = Signals()
+    heeded = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signals.note) for number in heeded}
     try:
-        yield flag
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def listening_sockets(settings: Settings) -> list[socket.socket]:
-    """One socket for each worker on the same address. Raises PortInUse."""
-    family, kind, proto, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    # With SO_REUSEPORT alone, a second gateway of the same user would quietly get half of the connections.
-    with socket.socket(family, kind, proto) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(address)
-        except OSError as error:
-            raise PortInUse(
-                f"can't listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
-            ) from None
-    sockets = []
-    for _ in range(settings.workers):
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-        sockets.append(sock)
-    return sockets
 
 
 def raise_descriptor_limit() -> None:
@@ -127,55 +107,116 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _tend(slot: Slot, settings: Settings) -> None:
-    """Start a worker where there is none; note one that died."""
-    now_s = time.monotonic()
-    if slot.child is not None and (code := slot.child.poll()) is not None:
-        log.error(
-            "worker %d ended with %d; another one starts",
-            slot.child.pid,
-            code,
-            extra={"action": "worker_died"},
-        )
-        metrics.forget_process(slot.child.pid)
-        slot.child = None
-        slot.pause_s = (
-            RESTART_MIN_S if now_s - slot.started_s > STEADY_S else min(2 * slot.pause_s, RESTART_MAX_S)
-        )
-        slot.start_at_s = now_s + slot.pause_s
-    if slot.child is None and now_s >= slot.start_at_s:
+@dataclass(slots=True)
+class Finishing:
+    """A worker that was told to end, and when its time is over."""
+
+    worker: WorkerProcess
+    ends_s: float
+
+
+class Supervisor:
+    """The slots, workers that are finishing, and a reload if one is going on."""
+
+    def __init__(self, settings: Settings, slots: list[Slot], board: Board, reread: Reread) -> None:
+        self.wants_reload = False
+        self._settings = settings
+        self._slots = slots
+        self._board = board
+        self._reread = reread
+        self._reload: Reload | None = None
+        self._finishing: list[Finishing] = []
+
+    def tick(self, now_s: float) -> None:
+        """Look after everything once; called every POLL_S."""
+        for slot in self._slots:
+            slot.tend(self._settings, now_s)
+        self._part_from_finished(now_s)
+        if self._reload is not None:
+            self._go_on(self._reload, now_s)
+        elif self.wants_reload:
+            self.wants_reload = False
+            self._begin_reload()
+        self._board.workers = tuple(slot.worker.state for slot in self._slots if slot.worker is not None)
+
+    def stop(self) -> int:
+        """No new connections; the queued ones are answered and begun turns may end; past every bound workers are killed."""
+        self._board.is_stopping = True
+        self._leave(self._slots)
+        while self._finishing:
+            self._part_from_finished(time.monotonic())
+            time.sleep(POLL_S / 5)
+        log.info("stopped", extra={"action": "stopped", "pid": os.getpid()})
+        return 0
+
+    # --- reload -----------------------------------------------------------------------------------------------------
+
+    def _begin_reload(self) -> None:
         try:
-            slot.child, slot.started_s = _start(slot.sock, settings), now_s
-        except OSError:  # no memory or processes left just now
-            log.exception("a worker can't be started", extra={"action": "worker_not_started"})
-            slot.start_at_s = now_s + RESTART_MAX_S
+            settings, fixed = reloadable(self._settings, self._reread())
+        except BadSetting as error:
+            words = "no reload, the old settings stay: %s"
+            log.error(words, error, extra={"action": "reload_refused"})  # noqa: TRY400 - a file to mend
+            return
+        if fixed:
+            log.warning(
+                "these settings change only by a restart: %s",
+                ", ".join(fixed),
+                extra={"action": "reload_fixed"},
+            )
+        log.info("reloading %d worker(s)", len(self._slots), extra={"action": "reload_begun"})
+        self._reload = Reload(settings, self._slots, self._release)
 
+    def _go_on(self, reload: Reload, now_s: float) -> None:
+        state = reload.step(now_s)
+        if reload.replaced:  # they have proved good: whoever dies from now on is replaced by one with these
+            self._settings = reload.settings
+        if state == "going":
+            return
+        self._reload = None
+        if state == "failed":
+            log.error(
+                "the reload ended after %d of %d worker(s); the others go on as they are",
+                reload.replaced, len(self._slots), extra={"action": "reload_failed"},
+            )  # fmt: skip
+            return
+        setup_logs(reload.settings, "supervisor")
+        self._resize(reload.settings.workers)
+        log.info("reloaded, with %d worker(s)", len(self._slots), extra={"action": "reloaded"})
 
-def _start(sock: socket.socket, settings: Settings) -> Child:
-    fd = sock.fileno()
-    # One arena for all threads of a worker: those that read and sync the journal would each keep the most they ever needed.
-    env = {"MALLOC_ARENA_MAX": "1", **os.environ}
-    child = spawn_python("gateway.worker", env=env, pass_fds=(fd,), stdin=PIPE, death_signal=signal.SIGTERM)
-    assert child.stdin is not None
-    with child.stdin as stdin:
-        stdin.write(orders(settings, fd))
-    return child
+    def _resize(self, count: int) -> None:
+        """The next ticks start workers on sockets that were added."""
+        superfluous, self._slots = self._slots[count:], self._slots[:count]
+        if superfluous:
+            self._leave(superfluous)
+        while len(self._slots) < count:
+            self._slots.append(Slot(joining(self._slots[0].sock), is_open=False))
 
+    # --- ends -------------------------------------------------------------------------------------------------------
 
-def _stop(slots: list[Slot], settings: Settings) -> int:
-    """SIGTERM to all, then SIGKILL to those that are still there past every bound."""
-    for slot in slots:
-        slot.sock.close()  # the workers close theirs: a client is refused at once instead of waiting
-    children = [slot.child for slot in slots if slot.child is not None]
-    for child in children:
-        child.terminate()
-    ends_s = time.monotonic() + settings.shutdown_grace_s + KILL_AFTER_S
-    for child in children:
-        try:
-            child.wait(max(0.1, ends_s - time.monotonic()))
-        except TimeoutExpired:
-            log.warning("worker %d does not end and is killed", child.pid, extra={"action": "worker_killed"})
-            child.kill()
-            child.wait()
-    log.info("stopped", extra={"action": "stopped", "pid": os.getpid()})
-    return 0
+    def _leave(self, slots: list[Slot]) -> None:
+        """Give sockets up so that no connection that was made is reset, and let their workers finish."""
+        for slot in slots:
+            deafen(slot.sock)
+        time.sleep(HANDSHAKES_S)
+        for slot in slots:
+            slot.last_call(self._settings, time.monotonic())
+            for worker in slot.workers:
+                self._release(worker)
+            slot.sock.close()  # the workers have theirs, and empty it before they close it
+
+    def _release(self, worker: WorkerProcess) -> None:
+        worker.finish()
+        ends_s = time.monotonic() + self._settings.shutdown_grace_s + KILL_AFTER_S
+        self._finishing.append(Finishing(worker, ends_s))
+
+    def _part_from_finished(self, now_s: float) -> None:
+        for finishing in list(self._finishing):
+            worker = finishing.worker
+            if worker.poll(now_s) is None and now_s > finishing.ends_s:
+                log.warning(
+                    "worker %d does not end and is killed", worker.pid, extra={"action": "worker_killed"}
+                )
+                worker.kill()
+            if worker.poll(now_s) is not None:
+                self._finishing.remove(finishing)

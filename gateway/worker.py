@@ -15,6 +15,7 @@ import uvloop
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import die_with_parent
+from gateway.reports import LOOK_S, report
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Counts of new objects at which garbage in cycles is looked for. High enough that a turn ends before it counts as old: by
@@ -24,9 +25,17 @@ FAILED = 70
 """Exit code of a worker in which a part failed (EX_SOFTWARE)."""
 
 
-def orders(settings: Settings, fd: int) -> bytes:
-    """What a supervisor writes to a worker's standard input: nothing of it shows in a process list."""
-    return json.dumps({"settings": asdict(settings), "fd": fd}).encode()
+NO_REPORTS = -1
+
+
+def orders(settings: Settings, fd: int, *, report_fd: int = NO_REPORTS, waits: bool = False) -> bytes:
+    """What a supervisor writes to a worker's standard input: nothing of it shows in a process list.
+
+    `fd` is a socket that listens or is bound, `report_fd` the pipe of `gateway.reports`. `waits`: accept only when ready,
+    because another worker serves the socket meanwhile.
+    """
+    given = {"settings": asdict(settings), "fd": fd, "report_fd": report_fd, "waits": waits}
+    return json.dumps(given).encode()
 
 
 def main() -> int:
@@ -34,20 +43,27 @@ def main() -> int:
     given = json.loads(sys.stdin.buffer.read())
     settings = Settings(**given["settings"])
     setup_logs(settings, f"worker-{os.getpid()}")
-    # Ctrl-C reaches the whole group of a terminal; the supervisor says when to stop.
+    # Ctrl-C reaches the whole group of a terminal; the supervisor says when to stop, and it alone reloads.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     die_with_parent(bound_s=settings.shutdown_grace_s + 15)
     gc.set_threshold(*GC_THRESHOLDS)
-    return uvloop.run(_serve(settings, socket.socket(fileno=given["fd"])))
+    sock = socket.socket(fileno=given["fd"])
+    return uvloop.run(_serve(settings, sock, report_fd=given["report_fd"], accepts_when_ready=given["waits"]))
 
 
-async def _serve(settings: Settings, sock: socket.socket) -> int:
+async def _serve(settings: Settings, sock: socket.socket, *, report_fd: int, accepts_when_ready: bool) -> int:
     from gateway.app import Gateway  # after the metrics folder is in the environment, and logs are set up
 
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    # The supervisor started us with it blocked. One that came while we start is heeded when we serve: clients may be queued.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gateway = Gateway(settings)
-    await gateway.start(sock)
+    await gateway.start(sock, accepts=not accepts_when_ready)
+    if accepts_when_ready:
+        await _accept_when_ready(gateway, stop)
+    reporting = asyncio.create_task(report(report_fd, lambda: gateway.health.is_ready))
     waits: list[asyncio.Task[Any]] = [
         asyncio.create_task(stop.wait()),
         asyncio.create_task(gateway.failed.wait()),
@@ -56,7 +72,15 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     for wait in waits:
         wait.cancel()
     await gateway.stop()
+    reporting.cancel()
     return FAILED if gateway.failed.is_set() else 0
+
+
+async def _accept_when_ready(gateway: Any, stop: asyncio.Event) -> None:
+    """Or to end at once."""
+    while not (gateway.health.is_ready or stop.is_set() or gateway.failed.is_set()):  # noqa: ASYNC110 - once
+        await asyncio.sleep(LOOK_S)
+    await gateway.acceptor.start()
 
 
 if __name__ == "__main__":

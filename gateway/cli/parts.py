@@ -87,6 +87,15 @@ class Parts:
                 self.tell(line)
             child.log.bound()
 
+    def reload_gateway(self) -> None:
+        """SIGHUP to the gateway, if it runs."""
+        for child in self.children:
+            if child.name == "gateway" and child.process is not None and child.death() is None:
+                self.tell(
+                    "SIGHUP: the gateway reads its settings again; data_dir/logs/gateway.log says what came of it"
+                )
+                child.process.send_signal(signal.SIGHUP)
+
     def stop(self, is_hurried: Callable[[], bool]) -> None:
         """The last started first: the agent drains while the gateway still relays, the stores go last."""
         for child in reversed(self.children):

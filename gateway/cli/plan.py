@@ -93,6 +93,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if args.no_node and (engine_urls or models):
         raise Refused("--no-node starts no agent, so it does not go together with --model or --engine-url")
     check_price_book(settings)
+    if settings.tls_certificate:
+        raise Refused(
+            "`poolgate up` serves one machine over plain HTTP: leave tls_certificate away, or use `poolgate serve`"
+        )
     if args.key is not None:
         check_given_key(args.key)
         if not is_loopback(settings.host):

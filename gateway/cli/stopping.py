@@ -1,4 +1,5 @@
 """Owns the wish that `poolgate up` stops: by a signal, a second one in a hurry, or because its parent is gone.
+A SIGHUP is a wish to reload, unless the terminal is gone.
 
 What is stopped, and in which order, is parts.py's.
 """
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from config.procs import Terminal
+
 # A signal to a whole process group comes twice within this, the second time from `make`.
 ONE_REQUEST_S = 0.5
 
@@ -19,7 +22,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGHUP as a request, and a second one as a hurry."""
+    """SIGINT, SIGTERM and a terminal that hangs up as a request, and a second one as a hurry."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,6 +31,8 @@ class StopRequest:
         self._count = 0
         self._last_s = 0.0
         self._interrupts = False
+        self._wants_reload = False
+        self._terminal = Terminal()
         # `make up` wants its child to end with it, even if it is killed.
         self._parent = os.getppid() if os.environ.get("POOLGATE_STOP_WITH_PARENT") else None
 
@@ -61,10 +66,18 @@ class StopRequest:
         if self._count:
             raise Stopped
 
+    def takes_reload(self) -> bool:
+        """A reload was asked for since the last call."""
+        wanted, self._wants_reload = self._wants_reload, False
+        return wanted
+
     def is_hurried(self) -> bool:
         return self._count > 1
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and not self._terminal.has_hung_up:
+            self._wants_reload = True
+            return
         # A signal to a whole process group comes twice, the second time from `make`: that is no hurry.
         now_s = time.monotonic()
         if self._count and now_s - self._last_s < ONE_REQUEST_S:

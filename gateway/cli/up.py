@@ -39,7 +39,10 @@ DETAILS = """\
 Starts PostgreSQL and Valkey in the data folder (unless DATABASE_URL and REDIS_URL name real ones), the
 gateway, and a node agent with a vLLM engine; then prints the base URL, an API key with a starting
 balance, and requests to paste. The first start builds the engine's environment (about 2.7 GB, some
-minutes); later ones take seconds. Whatever dies is started again; Ctrl-C and SIGTERM stop everything."""
+minutes); later ones take seconds. Whatever dies is started again; Ctrl-C and SIGTERM stop everything,
+and so does closing the terminal. `kill -HUP` is passed on to the gateway, which reads the settings file
+and the price book again without dropping a connection (`poolgate serve --help` says what that changes);
+stores and agent stay, and so do host, port and number of workers, which this command chose at its start."""
 
 EXAMPLES = """\
   poolgate up
@@ -196,6 +199,8 @@ class System:
         while True:
             self._stop.check()
             self._parts.tick(time.monotonic())
+            if self._stop.takes_reload():
+                self._parts.reload_gateway()
             if not has_model and time.monotonic() >= look_again:
                 look_again = time.monotonic() + MODELS_EVERY_S
                 if models := available_models(self._plan.base_url):

@@ -21,8 +21,12 @@ STOP_S = 60.0
 class GatewayProcess:
     """`async with GatewayProcess(settings, folder) as gateway:`; at the end it is stopped, or killed if it will not."""
 
-    def __init__(self, settings: Settings, folder: Path, *, port: int = 0) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path, *, port: int = 0, config: Path | None = None
+    ) -> None:
+        """`config`: a settings file, in which what a reload is to change stands; the environment wins over it."""
         self.settings = settings
+        self._config = config
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"serve-{self.port}.log"
@@ -57,7 +61,8 @@ class GatewayProcess:
         """Start it, and don't wait."""
         with self.log.open("ab") as output:
             self._process = spawn_python(
-                "gateway", "serve", "--port", str(self.port), env=environment(self.settings), cwd=ROOT,
+                "gateway", "serve", "--port", str(self.port),
+                *(("--config", str(self._config)) if self._config else ()), env=environment(self.settings), cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
 
@@ -68,8 +73,21 @@ class GatewayProcess:
         """Every worker sends turns to so many engines."""
         await eventually(lambda: self._all("/health", lambda told: _engines(told) >= count))
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """To the supervisor."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def reload(self) -> None:
+        """SIGHUP."""
+        self.send_signal(signal.SIGHUP)
+
+    async def until_logged(self, words: str, times: int = 1) -> None:
+        """Its log has a line with these words, or so many."""
+        await eventually(lambda: self.log.read_text().count(words) >= times)
+
     def workers(self) -> list[psutil.Process]:
-        """The worker processes now."""
+        """The worker processes now, those that are ending and those that are starting included."""
         try:
             children = psutil.Process(self.pid).children()
             return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
@@ -87,9 +105,13 @@ class GatewayProcess:
 
     async def stop(self) -> int:
         """SIGTERM; the exit code."""
+        self.send_signal(signal.SIGTERM)
+        return await asyncio.to_thread(self.wait)
+
+    def wait(self) -> int:
+        """Its exit code, once it has one."""
         assert self._process is not None
-        self._process.terminate()
-        return await asyncio.to_thread(self._process.wait, STOP_S)
+        return self._process.wait(STOP_S)
 
     def client_ports(self, worker: psutil.Process) -> set[int]:
         """The clients' ends of the connections that a worker serves: the kernel's table knows."""

@@ -22,7 +22,7 @@ from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
-from tests.soak import cuts, killed, limits, memory, money_crash, simulation, stalled, streams
+from tests.soak import cuts, killed, limits, memory, money_crash, reload, simulation, stalled, streams
 from tests.soak.report import Result, write_section
 
 REPORT = ROOT / "docs" / "soak.md"
@@ -57,6 +57,10 @@ CASES = (
     Case("engine", "kill -9 of engines under load", killed.engine_killed, killed.LONG, killed.SHORT),
     Case("silent", "SIGSTOP of an engine under load", killed.engine_silent, killed.LONG, killed.SHORT),
     Case("worker", "kill -9 of workers under load", killed.worker_killed, killed.LONG, killed.SHORT),
+    Case(
+        "reload", "SIGHUP and kill -9 of workers under load", reload.reloaded, reload.RELOADS_LONG, reload.RELOADS_SHORT
+    ),
+    Case("stop", "SIGTERM under load", reload.stopped, reload.STOPS_LONG, reload.STOPS_SHORT),
     Case("memory", "Many keys, a million turns", memory.many_keys, memory.LONG, memory.SHORT, MEMORY_BOUND_S),
     Case("simulation", "Everything fails, seed after seed", simulation.seeds, simulation.LONG, simulation.SHORT),
     Case(

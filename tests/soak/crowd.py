@@ -28,6 +28,7 @@ class Crowd:
     verdicts: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[bool, Answer]] = field(default_factory=list)
     cut_tokens: int = 0
+    refused_connections: int = 0
     is_over: bool = False
 
     @property
@@ -56,8 +57,12 @@ class Crowd:
 
 
 @asynccontextmanager
-async def crowd(url: str, key: str, clients: int) -> AsyncIterator[Crowd]:
-    """`clients` ask until the block ends; the last answers are in when this returns."""
+async def crowd(url: str, key: str, clients: int, *, may_refuse: bool = False) -> AsyncIterator[Crowd]:
+    """`clients` ask until the block ends; the last answers are in when this returns.
+
+    Like any HTTP client they ask on a kept connection unless they know that it was closed, and never send a request twice.
+    With `may_refuse` a client ends when it can't connect, which is counted apart.
+    """
     host, port = url.removeprefix("http://").split(":")
     seen = Crowd()
 
@@ -67,7 +72,11 @@ async def crowd(url: str, key: str, clients: int) -> AsyncIterator[Crowd]:
         request = request_bytes(Job(url, key=key, body=_body(stream=wants_stream)))
         await asyncio.sleep(APART_S * number)
         while not seen.is_over:
-            seen.note(wants_stream, await client.ask(request, GIVE_UP_S))
+            answer = await client.ask(request, GIVE_UP_S)
+            if may_refuse and not answer.local_port:
+                seen.refused_connections += 1
+                break
+            seen.note(wants_stream, answer)
         client.close()
 
     async with asyncio.TaskGroup() as tasks:

@@ -89,4 +89,4 @@ async def readiness(request: web.Request) -> web.StreamResponse:
 )
 async def prometheus(request: web.Request) -> web.StreamResponse:
     """Prometheus' text format."""
-    return web.Response(body=request.app[METRICS].render(), headers={"content-type": CONTENT_TYPE})
+    return web.Response(body=await request.app[METRICS].rendered(), headers={"content-type": CONTENT_TYPE})

@@ -1,0 +1,112 @@
+"""A worker process as its supervisor sees it: started on a socket, heard through a pipe, asked to end, or ended.
+
+What it does in there is `gateway.worker`'s; when one is started or ended, `gateway.supervisor`'s.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from subprocess import PIPE
+
+from config import metrics
+from config.defaults import Settings
+from config.procs import Child, spawn_python
+from gateway.reports import READY, STALE_S, latest
+from gateway.worker import orders
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What is known of one worker, for whoever asks. Times are of the monotonic clock, in seconds."""
+
+    pid: int
+    says_ready: bool
+    heard_at_s: float
+
+    def is_alive(self, now_s: float) -> bool:
+        """Its event loop turns."""
+        return now_s - self.heard_at_s < STALE_S
+
+    def is_ready(self, now_s: float) -> bool:
+        """It serves."""
+        return self.says_ready and self.is_alive(now_s)
+
+
+class WorkerProcess:
+    """One worker; `poll` it often. Main thread only: its death signal is tied to the thread that starts it."""
+
+    def __init__(self, sock: socket.socket, settings: Settings, now_s: float, *, waits: bool = False) -> None:
+        """`waits`: it accepts only when it is ready, since others serve meanwhile. Raises OSError."""
+        self.started_s = self._heard_at_s = now_s
+        self._says_ready = False
+        self._hears, tells = os.pipe()
+        try:
+            os.set_blocking(self._hears, False)
+            os.set_blocking(tells, False)
+            self._child = _spawn(settings, sock.fileno(), tells, waits=waits)
+        except BaseException:
+            os.close(self._hears)
+            raise
+        finally:
+            os.close(tells)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def says_ready(self) -> bool:
+        """By its last word."""
+        return self._says_ready
+
+    @property
+    def state(self) -> WorkerState:
+        return WorkerState(self.pid, self._says_ready, self._heard_at_s)
+
+    def poll(self, now_s: float) -> int | None:
+        """Hear what it says; its exit code if it has ended, and then its gauges end too."""
+        if self._hears >= 0 and (word := latest(self._hears)):
+            self._says_ready, self._heard_at_s = word == READY, now_s
+        code = self._child.poll()
+        if code is not None and self._hears >= 0:
+            os.close(self._hears)
+            self._hears, self._says_ready = -1, False
+            metrics.forget_process(self.pid)
+        return code
+
+    def finish(self) -> None:
+        """SIGTERM: it takes what is queued, ends its turns within their grace, and writes what they used."""
+        self._child.terminate()
+
+    def kill(self) -> None:
+        """End it now. Its journal is brought into the book by another."""
+        self._child.kill()
+        self._child.wait()
+
+
+def _spawn(settings: Settings, fd: int, report_fd: int, *, waits: bool) -> Child:
+    # One arena for all threads of a worker: those that read and sync the journal would each keep the most they ever needed.
+    env = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    with _sigterm_waits():
+        child = spawn_python(
+            "gateway.worker", env=env, pass_fds=(fd, report_fd), stdin=PIPE,
+            death_signal=signal.SIGTERM,
+        )  # fmt: skip
+    assert child.stdin is not None
+    # It may be dead already, as `poll` will find.
+    with suppress(BrokenPipeError), child.stdin as stdin:
+        stdin.write(orders(settings, fd, report_fd=report_fd, waits=waits))
+    return child
+
+
+@contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """A child started meanwhile gets a SIGTERM only when it says that it can: it must not die of one with clients queued."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,54 @@
+"""A SIGHUP of a terminal that hangs up ends the gateway; one that somebody sends has settings read again."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+HEEDING = """
+import sys, time
+from gateway.supervisor import heeded_signals
+with heeded_signals() as signals, open(sys.argv[1], "a", buffering=1) as told:
+    told.write("heeds\\n")
+    while not signals.stop:
+        if signals.reload:
+            signals.reload = False
+            told.write("reloads\\n")
+        time.sleep(0.01)
+    told.write("stops\\n")
+"""
+
+
+@pytest.mark.parametrize("has_terminal", [True, False])
+def test_a_hangup_is_told_from_a_wish_to_reload(tmp_path: Path, has_terminal: bool):
+    told = tmp_path / "told"
+    told.touch()
+    ours, theirs = pty.openpty()
+    # A shell that opens a terminal as a session leader gets it as its controlling terminal, for all that it starts.
+    command = f'exec <"{os.ttyname(theirs)}"; "{sys.executable}" -c "$0" "{told}"; exit'
+    process = subprocess.Popen(
+        ["sh", "-c", command, HEEDING] if has_terminal else [sys.executable, "-c", HEEDING, str(told)],
+        cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: told.read_text() == "heeds\n")
+        if not has_terminal:
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda: told.read_text() == "heeds\nreloads\n")
+        os.close(ours)
+        if has_terminal:
+            wait_until(lambda: told.read_text() == "heeds\nstops\n")
+        else:
+            process.terminate()
+        process.wait(30)
+    finally:
+        os.close(theirs)
+        process.kill()
+        process.wait()
