@@ -88,7 +88,15 @@ class KeyRing:
 
     def lookup(self, secret: str) -> Principal | None:
         """From memory only; None: `load` knows more."""
-        return self._known.get(hash_secret(self._pepper, secret))
+        return self._known.get(self.digest_of(secret))
+
+    def digest_of(self, secret: str) -> bytes:
+        """What `known` finds the secret by: a connection that sends the same one again needs to hash it once."""
+        return hash_secret(self._pepper, secret)
+
+    def known(self, digest: bytes) -> Principal | None:
+        """`lookup` of a secret by its digest: whoever keeps that must ask anew for each request, as keys are revoked."""
+        return self._known.get(digest)
 
     def digest_of(self, secret: str) -> bytes:
         """What a secret is known by, for `known`."""
@@ -102,7 +110,7 @@ class KeyRing:
         """From memory or PostgreSQL; raises InvalidKey or IdentityUnavailable."""
         if not 0 < len(secret) <= SECRET_CHARS_MAX:
             raise InvalidKey
-        digest = hash_secret(self._pepper, secret)
+        digest = self.digest_of(secret)
         known = self._known.get(digest)
         if known is not None:
             return known

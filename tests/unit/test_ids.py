@@ -1,9 +1,14 @@
 """UUIDv7 as RFC 9562 lays it out, and in order."""
 
+import copy
+import pickle
+import subprocess
+import sys
 import threading
 import time
 import uuid
 
+import orjson
 import pytest
 
 from config import ids
@@ -35,11 +40,70 @@ def test_a_clock_that_goes_back_does_not_break_the_order(monkeypatch: pytest.Mon
 
 def test_a_counter_that_overflows_goes_on_in_the_next_millisecond(monkeypatch: pytest.MonkeyPatch):
     before = uuid7()
-    monkeypatch.setattr(ids, "_counter", (1 << 42) - 1)
+    ids._steps = 1
     monkeypatch.setattr(ids.time, "time_ns", lambda: 1)
-    after = uuid7()
-    assert after > before
+    last, after = uuid7(), uuid7()
+    assert before < last < after
+    assert last.int >> 80 == before.int >> 80
     assert after.int >> 80 == (before.int >> 80) + 1
+    assert (last.version, last.variant, after.version) == (7, uuid.RFC_4122, 7)
+
+
+def test_a_counter_can_be_raised_as_often_as_it_says_and_stays_in_its_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ids.time, "time_ns", lambda: 0)
+    before = uuid7()
+    assert 1 << 29 <= ids._steps < 1 << 30
+    ids._head += ids._steps - 1 << 32
+    ids._steps = 1
+    last = uuid7()
+    assert last > before
+    assert last.int >> 32 & (1 << 30) - 1 == (1 << 30) - 1
+    assert (last.version, last.variant, last.int >> 64) == (7, uuid.RFC_4122, before.int >> 64)
+
+
+def test_bits_that_shall_be_random_are():
+    made = [uuid7().int for _ in range(2000)]
+    for bit in range(32):
+        assert 800 < sum(one >> bit & 1 for one in made) < 1200
+    seeds = [made_at(ms) for ms in range(2000)]
+    for bit in [*range(32, 32 + 29), *range(64, 64 + 11)]:
+        assert 800 < sum(one >> bit & 1 for one in seeds) < 1200
+    assert not any(one >> 75 & 1 or one >> 61 & 1 for one in seeds), "room to count"
+
+
+def made_at(ms: int) -> int:
+    """The first id of a millisecond in the far future, which then is no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_last_ms", "_head", "_steps"):
+            patch.setattr(ids, name, getattr(ids, name))
+        patch.setattr(ids.time, "time_ns", lambda: (2**43 + ms) * 10**6)
+        return uuid7().int
+
+
+def test_an_id_is_like_one_that_was_made_in_the_ordinary_way():
+    made = uuid7()
+    same = uuid.UUID(made.hex)
+    assert (made, hash(made), str(made), made.is_safe) == (same, hash(same), str(same), same.is_safe)
+    assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made
+    assert orjson.dumps(made) == orjson.dumps(same)
+
+
+FORKS = """
+import os
+from config.ids import uuid7
+uuid7()
+child = os.fork()
+drawn = [uuid7().bytes[-4:].hex() for _ in range(8)]
+if child:
+    os.waitpid(child, 0)
+print(*drawn, flush=True)
+"""
+
+
+def test_a_child_that_was_forked_draws_other_bits_than_its_parent():
+    told = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True)
+    theirs, ours = told.stdout.splitlines()
+    assert not set(theirs.split()) & set(ours.split())
 
 
 def test_threads_never_make_the_same():

@@ -85,6 +85,16 @@ async def test_a_key_is_read_once_and_then_known() -> None:
     assert database.reads == 1
 
 
+async def test_a_digest_that_a_connection_keeps_finds_its_key_until_that_is_revoked() -> None:
+    ring = ring_on(Database(good=principal()))
+    kept = ring.digest_of("good")
+    assert ring.known(kept) is None
+    await ring.load("good")
+    assert ring.known(kept) == principal()
+    ring.forget_key(entity("good"))
+    assert ring.known(kept) is None
+
+
 async def test_callers_with_the_same_new_key_share_one_read() -> None:
     database = Database(good=principal())
     gate = database.hold()
