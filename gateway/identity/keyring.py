@@ -98,14 +98,6 @@ class KeyRing:
         """`lookup` of a secret by its digest: whoever keeps that must ask anew for each request, as keys are revoked."""
         return self._known.get(digest)
 
-    def digest_of(self, secret: str) -> bytes:
-        """What a secret is known by, for `known`."""
-        return hash_secret(self._pepper, secret)
-
-    def known(self, digest: bytes) -> Principal | None:
-        """As `lookup`, of a secret whose digest was computed before."""
-        return self._known.get(digest)
-
     async def load(self, secret: str) -> Principal:
         """From memory or PostgreSQL; raises InvalidKey or IdentityUnavailable."""
         if not 0 < len(secret) <= SECRET_CHARS_MAX:
