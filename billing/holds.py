@@ -87,7 +87,7 @@ class UnpricedMedia(ValueError):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each turn, and that would take it five times as long
 class Bound:
     """What a turn can use at most, in tokens."""
 
@@ -147,19 +147,16 @@ def bound_of(
         prompts, ids = _prompts(body["prompt" if shape == "completion" else "input"])
         prompt_tokens = (raw_bytes if ids is None else ids) + SPECIAL_TOKENS * prompts
         usual = raw_bytes // BYTES_PER_TOKEN if ids is None else ids
-    if context is not None:
-        prompt_tokens = min(prompt_tokens, prompts * context)
+    if context is not None and prompt_tokens > prompts * context:
+        prompt_tokens = prompts * context
+    if usual > prompt_tokens:
+        usual = prompt_tokens
     limit = _limit(body, shape)
-    ceiling = context or settings.output_tokens_ceiling
-    output_tokens = ceiling if limit is None else limit if context is None else min(limit, context)
-    return Bound(
-        prompt_tokens,
-        output_tokens,
-        choices * prompts,
-        limit is not None,
-        has_media,
-        min(usual, prompt_tokens),
-    )
+    if limit is None:
+        output_tokens = context or settings.output_tokens_ceiling
+    else:
+        output_tokens = limit if context is None or limit < context else context
+    return Bound(prompt_tokens, output_tokens, choices * prompts, limit is not None, has_media, usual)
 
 
 def hold_nano(

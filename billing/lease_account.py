@@ -15,6 +15,9 @@ Ended: TypeAlias = Callable[["AccountLease"], None]
 """Told that a hold of this account ended: something may be free."""
 
 
+Purse: TypeAlias = tuple[tuple[Pot, ...], tuple[tuple[int, float], ...]]
+"""What a turn is held from: pots; and of those that are budgets', the budget's id and its window's start in unix seconds."""
+
 UNTOLD = (-1, -1)
 """What PostgreSQL has been told is free and held, where that is not known."""
 
@@ -136,9 +139,15 @@ class AccountLease:
 
     def pots(self, budgets: tuple[Budget, ...], now_s: float, generation: int) -> tuple[Pot, ...] | None:
         """The wallet's pot and that of each budget's window of now; None where a window is over or not known."""
+        purse = self.purse(budgets, now_s, generation)
+        return purse and purse[0]
+
+    def purse(self, budgets: tuple[Budget, ...], now_s: float, generation: int) -> Purse | None:
+        """The same pots, and what the usage record names: each budget with the start of its window."""
         if not budgets:
-            return (self.wallet,)
-        found = [self.wallet]
+            return (self.wallet,), ()
+        pots = [self.wallet]
+        windows = []
         for budget in budgets:
             lease = self.budgets.get(budget.id)
             if lease is None:
@@ -148,17 +157,9 @@ class AccountLease:
             window = lease.window
             if window is None or now_s >= window.ends_s or window.generation != generation:
                 return None
-            found.append(window.pot)
-        return tuple(found)
-
-    def window_keys(self, budgets: tuple[Budget, ...]) -> tuple[tuple[int, float], ...]:
-        """What the usage record names: each budget with the start of its window."""
-        leases = [self.budgets[budget.id] for budget in budgets]
-        return tuple([
-            (lease.id, lease.window.starts_at)
-            for lease in leases
-            if lease.window is not None and not lease.is_gone
-        ])  # fmt: skip
+            pots.append(window.pot)
+            windows.append((lease.id, window.starts_at))
+        return tuple(pots), tuple(windows)
 
     def waiting(self) -> Iterator[Waiter]:
         """Those who still wait, first come first."""
@@ -222,8 +223,11 @@ class Hold:
         """
         if not self._is_open:
             raise RuntimeError("this hold has ended")
-        beyond_nano = amount_nano - self.amount_nano
-        if beyond_nano > 0 and self._pots:
+        if amount_nano <= self.amount_nano:
+            self._end(amount_nano)
+            return amount_nano, 0
+        if self._pots:
+            beyond_nano = amount_nano - self.amount_nano
             self.extend(min(beyond_nano, *(max(0, pot.free_nano) for pot in self._pots)))
         charged_nano = min(amount_nano, self.amount_nano)
         self._end(charged_nano)
@@ -249,17 +253,17 @@ def serve(account: AccountLease, now_s: float, generation: int, ended: Ended) ->
         waiter = waiters.popleft()
         if waiter.granted.done():
             continue
-        pots = account.pots(waiter.budgets, now_s, generation)
+        purse = account.purse(waiter.budgets, now_s, generation)
         amount_nano = waiter.planned_nano or waiter.amount_nano
-        if pots is None:  # its window must be read first, and nobody overtakes it at the wallet
-            pots, amount_nano = (account.wallet,), account.wallet.free_nano + 1
+        if purse is None:  # its window must be read first, and nobody overtakes it at the wallet
+            purse, amount_nano = ((account.wallet,), ()), account.wallet.free_nano + 1
+        pots, windows = purse
         lacking = [pot for pot in pots if pot in blocked or pot.free_nano < amount_nano]
         if lacking:
             blocked.update(lacking)
             kept.append(waiter)
         else:
-            hold = Hold(account, pots, amount_nano, account.window_keys(waiter.budgets), ended)
-            waiter.granted.set_result(hold)
+            waiter.granted.set_result(Hold(account, pots, amount_nano, windows, ended))
     waiters.extendleft(reversed(kept))
 
 

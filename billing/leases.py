@@ -120,17 +120,19 @@ class SpendLeases:
         account = self._accounts.get(account_id)
         if account is None or account.waiters or amount_nano > account.wallet.free_nano:
             return None
-        pots = account.pots(budgets, now_s, self._teller.generation)
-        if pots is None:
+        purse = account.purse(budgets, now_s, self._teller.generation)
+        if purse is None:
             return None
+        pots, windows = purse
         is_low = False
         for pot in pots:  # a generator for each question would cost as much as the hold
             left_nano = pot.free_nano - amount_nano
             if left_nano < 0:
                 return None
-            is_low = is_low or left_nano < pot.low_nano
+            if left_nano < pot.low_nano:
+                is_low = True
         account.used_s = now_s
-        hold = Hold(account, pots, amount_nano, account.window_keys(budgets) if budgets else (), self._ended)
+        hold = Hold(account, pots, amount_nano, windows, self._ended)
         self._changed.add(account)
         if is_low and not account.is_busy:
             self._teller.bring(account)

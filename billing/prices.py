@@ -9,7 +9,7 @@ import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ TOKENS_PER_PRICE = 10**6
 
 ONLINE_PERCENT = 100
 """What a turn costs, as a percentage of its price, unless it is part of a batch (setting batch_price_percent)."""
+
+PERCENT_TOKENS = ONLINE_PERCENT * TOKENS_PER_PRICE
 
 PACKAGED = Path(__file__).resolve().parent.parent / "config" / "pricebook.toml"
 
@@ -57,11 +59,11 @@ class Price:
     )
     audio_tokens: int | None = None  # so that no turn with one can be held
     video_tokens: int | None = None
+    ref: str = field(init=False, repr=False, compare=False)
+    """Names this entry in a usage record, for ever: "model@2027-01-01T00:00:00Z", or "model@start"."""
 
-    @property
-    def ref(self) -> str:
-        """Names this entry in a usage record, for ever: "model@2027-01-01T00:00:00Z", or "model@start"."""
-        return _ref(self.model, self.effective_from)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ref", _ref(self.model, self.effective_from))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,14 @@ def cost_nano(price: Price, prompt: int, cached: int, completion: int, percent: 
             f"no count can be negative: prompt {prompt}, cached {cached}, completion {completion}, "
             f"percent {percent}"
         )
-    cached = min(cached, prompt)
+    if cached > prompt:
+        cached = prompt
     exact = (
         (prompt - cached) * price.prompt_nano
         + cached * price.cached_nano
         + completion * price.completion_nano
     )
-    return -(-exact * percent // (ONLINE_PERCENT * TOKENS_PER_PRICE))
+    return -(-exact * percent // PERCENT_TOKENS)
 
 
 class PriceBook:

@@ -5,11 +5,10 @@ of them, is told by the limiter.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """One window as a client may see it."""
 
     unit: str  # requests, tokens
@@ -17,23 +16,36 @@ class View:
     remaining: int
     reset_ms: int  # until the window is as if nothing had come, if nothing more comes
 
+
+class Told(dict[str, str]):
+    """Headers, shared by all answers that tell the same, so they must not be changed."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: bytes | None = None
+
     @property
-    def share(self) -> float:
-        """What is left, of 1."""
-        return self.remaining / self.limit
+    def lines(self) -> bytes:
+        """The same as they stand in an answer's head, each with its end of line; made once, when all are in."""
+        if self._lines is None:
+            self._lines = "".join([f"{name}: {value}\r\n" for name, value in self.items()]).encode()
+        return self._lines
 
 
-def headers_of(views: Iterable[View]) -> dict[str, str]:
-    """Headers of one answer; the dictionary is shared between answers, so it must not be changed."""
+def headers_of(views: Iterable[View]) -> Told:
+    """Headers of one answer: of each unit the window that has the least part left."""
     tightest: dict[str, View] = {}
     for view in views:
-        if view.unit not in tightest or view.share < tightest[view.unit].share:
+        other = tightest.get(view.unit)
+        if other is None or view.remaining * other.limit < other.remaining * view.limit:
             tightest[view.unit] = view
-    headers: dict[str, str] = {}
+    headers = Told()
     for unit, view in tightest.items():
-        headers[f"x-ratelimit-limit-{unit}"] = str(view.limit)
-        headers[f"x-ratelimit-remaining-{unit}"] = str(view.remaining)
-        headers[f"x-ratelimit-reset-{unit}"] = duration(view.reset_ms)
+        headers["x-ratelimit-limit-" + unit] = str(view.limit)
+        headers["x-ratelimit-remaining-" + unit] = str(view.remaining)
+        headers["x-ratelimit-reset-" + unit] = duration(view.reset_ms)
     if tightest:
         # HTTP's header names know no case, but these three are other headers than OpenAI's six.
         told = tightest.get("requests") or tightest["tokens"]

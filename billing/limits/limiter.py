@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from redis.asyncio import Redis
 
 from billing.limits.flights import Ask, Flights, Part
-from billing.limits.headers import View, headers_of
+from billing.limits.headers import Told, View, headers_of
 from billing.limits.local import Share
 from billing.limits.rules import (
     DAY_S,
@@ -47,9 +47,9 @@ class Admission:
     def __init__(
         self,
         limiter: "Limiter | None",
-        parts: tuple[tuple[Standing, int], ...],
+        parts: Sequence[tuple[Standing, int]],
         tokens: int,
-        headers: dict[str, str],
+        headers: Told,
     ) -> None:
         self.headers = headers
         self._limiter = limiter
@@ -60,11 +60,10 @@ class Admission:
         """The request is over: frees its slots and corrects its tokens. Once; again is no change."""
         limiter, self._limiter = self._limiter, None
         if limiter is not None:
-            for standing, granted_us in self._parts:
-                limiter.end(standing, granted_us, tokens_used - self._tokens)
+            limiter.end(self._parts, tokens_used - self._tokens)
 
 
-UNLIMITED = Admission(None, (), 0, {})
+UNLIMITED = Admission(None, (), 0, Told())
 """For requests without a subject: nothing is counted."""
 
 
@@ -109,9 +108,10 @@ class Limiter:
         if not subjects:
             return UNLIMITED
         now = self._clock.monotonic()
+        known = self._known
         found = []
         for subject in subjects:
-            standing = self._known.get(subject.name)
+            standing = known.get(subject.name)
             if (
                 standing is None
                 or standing.until <= now
@@ -144,26 +144,31 @@ class Limiter:
             raise
         return admission
 
-    def end(self, standing: Standing, granted_us: int, tokens: int) -> None:
-        """One of its requests is over; it took `tokens` more than was counted (below 0: less). For Admission."""
-        standing.in_use -= 1
-        refusal = standing.refusal
-        if standing.plan.concurrency is not None:
-            if not standing.until:  # a live block keeps its slots
-                self._flights.report(standing)
-            if refusal is not None and refusal.limit == "concurrency":
+    def end(self, parts: Sequence[tuple[Standing, int]], tokens: int) -> None:
+        """A request of these subjects is over; it took `tokens` more than was counted (below 0: less). For Admission."""
+        for standing, granted_us in parts:
+            standing.in_use -= 1
+            refusal = standing.refusal
+            if standing.plan.concurrency is not None:
+                if not standing.until:  # a live block keeps its slots
+                    self._flights.report(standing)
+                if refusal is not None and refusal.limit == "concurrency":
+                    standing.refusal = None
+            if not tokens:
+                continue
+            if refusal is not None and tokens < 0 and refusal.tokens is not None:
                 standing.refusal = None
-        if not tokens:
-            return
-        if tokens < 0 and refusal is not None and refusal.tokens is not None:
-            standing.refusal = None
-        if not granted_us:
-            if standing.share is not None:
-                standing.share.correct(self._clock.monotonic(), tokens)
-        elif granted_us == standing.granted_us and standing.until and tokens <= standing.tokens:
-            standing.tokens -= tokens
-        else:
+            if granted_us == standing.granted_us and standing.until and tokens <= standing.tokens:
+                standing.tokens -= tokens
+            else:
+                self._correct(standing, granted_us, tokens)
+
+    def _correct(self, standing: Standing, granted_us: int, tokens: int) -> None:
+        """What its block in hand does not account for, if it has one: counted in Valkey, or only here."""
+        if granted_us:
             self._flights.correct(standing.name, standing.plan, granted_us, 0, tokens)
+        elif standing.share is not None:
+            standing.share.correct(self._clock.monotonic(), tokens)
 
     # --- background -------------------------------------------------------------------------------------------
 
@@ -266,16 +271,14 @@ class Limiter:
 
     def _take(self, standings: Sequence[Standing], tokens: int) -> Admission:
         """One request out of the blocks in hand, which have room for it."""
+        parts = []
         for standing in standings:
             standing.requests -= 1
             standing.tokens -= tokens
             standing.in_use += 1
             standing.used += 1
             standing.was_used = True
-        if len(standings) == 1:
-            only = standings[0]
-            return Admission(self, ((only, only.granted_us),), tokens, _headers_of(standings))
-        parts = tuple([(standing, standing.granted_us) for standing in standings])
+            parts.append((standing, standing.granted_us))
         return Admission(self, parts, tokens, _headers_of(standings))
 
     def _admitted(self, ask: Ask, answer: Answer, sent_at: float) -> Admission:
@@ -490,7 +493,7 @@ def _tell(standing: Standing, plan: Plan, found: list[Found]) -> None:
     )
 
 
-def _headers_of(standings: Sequence[Standing]) -> dict[str, str]:
+def _headers_of(standings: Sequence[Standing]) -> Told:
     """The tightest of all subjects. Kept only while a block answers many with the same: they are ten times a standing."""
     first = standings[0]
     others = standings[1].views if len(standings) > 1 else ()

@@ -6,7 +6,7 @@ When to ask Valkey is the limiter's; how it counts is `shared`'s.
 import math
 from dataclasses import dataclass
 
-from billing.limits.headers import View
+from billing.limits.headers import Told, View
 from billing.limits.local import Share
 from billing.limits.rules import Limits, Plan
 
@@ -44,9 +44,7 @@ class Standing:
     granted_us: int = 0  # Valkey's time of the block
     refusal: Refusal | None = None
     views: tuple[View, ...] = ()
-    told: tuple[tuple[View, ...], tuple[View, ...], dict[str, str]] | None = (
-        None  # ours, another's, headers of both
-    )
+    told: tuple[tuple[View, ...], tuple[View, ...], Told] | None = None  # ours, another's, headers of both
     share: Share | None = None  # only while Valkey is away
     was_used: bool = True  # since the memory was last looked through
     used: int = 0  # requests since we last asked for a block

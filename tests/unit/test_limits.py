@@ -98,6 +98,13 @@ def test_the_contracts_headers_tell_tokens_where_requests_are_not_limited() -> N
     assert headers_of([]) == {}
 
 
+def test_headers_as_lines_of_a_head_are_made_once():
+    headers = headers_of([View("tokens", 9, 3, 1001)])
+    assert headers.lines.decode() == "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    assert headers.lines is headers.lines
+    assert headers_of([]).lines == b""
+
+
 def test_a_refusal_is_worded_as_openai_words_it() -> None:
     said = refusal_message("requests_minute", "key", 60, 60, 1, 11.2)
     assert said == (

@@ -4,6 +4,7 @@ What comes out is what is edited and sent on, so a body can't mean one thing her
 The fields are in `schemas_requests` and `schemas_responses`; here are the rules that span several of them.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,11 +31,14 @@ COMPLETE_TEMPERATURE = 0.7
 TOP_P_LEAST = 1e-6
 """What 0 is sent as: OpenAI takes 0 and means the likeliest token, vLLM takes only what is above 0."""
 
-_CHAT: TypeAdapter[Any] = TypeAdapter(ChatRequest)
-_COMPLETION: TypeAdapter[Any] = TypeAdapter(CompletionRequest)
-_EMBEDDINGS: TypeAdapter[Any] = TypeAdapter(EmbeddingsRequest)
-_RESPONSES: TypeAdapter[Any] = TypeAdapter(ResponsesRequest)
-_COMPLETE: TypeAdapter[Any] = TypeAdapter(CompleteRequest)
+Validate: TypeAlias = Callable[[bytes], Body]
+
+# The adapter's own method of this name looks at options that we don't use, which takes a sixth of the whole.
+_CHAT: Validate = TypeAdapter(ChatRequest).validator.validate_json
+_COMPLETION: Validate = TypeAdapter(CompletionRequest).validator.validate_json
+_EMBEDDINGS: Validate = TypeAdapter(EmbeddingsRequest).validator.validate_json
+_RESPONSES: Validate = TypeAdapter(ResponsesRequest).validator.validate_json
+_COMPLETE: Validate = TypeAdapter(CompleteRequest).validator.validate_json
 
 
 def decode_chat(body: bytes) -> Body:
@@ -129,9 +133,9 @@ def prompt_count(request: Body) -> int:
     return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
-def _decode(adapter: TypeAdapter[Any], body: bytes) -> Body:
+def _decode(validate: Validate, body: bytes) -> Body:
     try:
-        request: Body = adapter.validate_json(body)
+        request = validate(body)
     except ValidationError as error:
         raise explain(error, body) from None
     if None in request.values():
