@@ -32,11 +32,13 @@ ENV PYTHONUNBUFFERED=1 \
     POOLGATE_HOST=0.0.0.0 \
     POOLGATE_PORT=8080 \
     POOLGATE_DATA_DIR=/var/lib/poolgate \
-    POOLGATE_LOG_FORMAT=json
+    POOLGATE_LOG_FORMAT=json \
+    POOLGATE_PROBE_PORT=8081
 EXPOSE 8080
+# The probe port answers however busy the workers are, and in plain HTTP also where the gateway itself speaks TLS.
 # The supervisor drains begun turns on SIGTERM; docker's own default would kill it after 10 s.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 CMD ["python", "-c", \
-    "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"POOLGATE_PORT\"]}/api/health', timeout=2)"]
+    "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"POOLGATE_PROBE_PORT\"]}/health', timeout=2)"]
 ENTRYPOINT ["poolgate"]
 CMD ["serve"]

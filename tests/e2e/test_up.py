@@ -78,7 +78,19 @@ def test_a_taken_port_is_told_before_anything_starts(up: Up, tmp_path: Path) -> 
     assert not (other / "postgres").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_sighup_reloads_the_gateway_and_nothing_else(up: Up) -> None:
+    before = {name: up.part(name) for name in PARTS}
+    up.process.send_signal(signal.SIGHUP)
+    up.await_words("SIGHUP: the gateway reads its settings again")
+    log = up.folder / "logs" / "gateway.log"
+    assert eventually(lambda: "reloaded, with 1 worker(s)" in log.read_text(), within_s=30)
+    assert up.chat()[0] == 200
+    assert eventually(lambda: up.part("worker") not in (None, before["worker"]))
+    others = [name for name in PARTS if name != "worker"]
+    assert [up.part(name) for name in others] == [before[name] for name in others]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_everything_in_order(up: Up, number: signal.Signals) -> None:
     assert up.stop(number) == 0
     assert up.alive() == []

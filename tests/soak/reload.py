@@ -1,4 +1,4 @@
-"""SIGHUP under load, beside kill -9 of workers, and SIGTERM under load: who sees an error, and does every turn have its record.
+"""SIGHUP under load, beside kill -9 of workers, and SIGTERM under load: who sees an error, has every turn its record.
 
 A request that was sent and not answered whole has failed; only on the connections of a worker that was killed it may. What a
 reload changes stands in a settings file. The probe port says how many workers serve.
