@@ -40,6 +40,9 @@ pack_frame = FRAME.pack_into
 AHEAD_RETRY_S = 1.0
 """How soon the segment ahead is tried again where there was no room for it."""
 
+IDLE_S = 1.0
+"""How often an idle journal looks after its segments."""
+
 
 class JournalFull(RuntimeError):
     """There is no room for one more record, which is lost unless its caller keeps it: look at `is_full` before a turn."""
@@ -51,7 +54,7 @@ def journal_root(settings: Settings) -> Path:
 
 
 class Journal:
-    """Appended to by one process, which holds its lock until `close`."""
+    """Appended to by one process, in its event loop; it holds the journal's lock until `close`."""
 
     def __init__(self, folder: Path, lock: int, settings: Settings) -> None:
         """Use `open`."""
@@ -72,6 +75,7 @@ class Journal:
         # Not the loop's own executor: a disk that hangs must not keep its threads, and `close` waits for ours alone.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal")
         self._making: Future[None] | None = None
+        self._woken: asyncio.Future[None] | None = None  # set by an append while `run` has nothing to sync
         self._make_at_s = 0.0
         self._synced = START
         self._shipped = START
@@ -114,6 +118,13 @@ class Journal:
         pack_frame(mapped, at, length, crc32(payload, length))  # as `checksum` has it
         self._at = end
         self._appended_records += 1
+        if self._woken is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        woken, self._woken = self._woken, None
+        if woken is not None and not woken.done():
+            woken.set_result(None)
 
     @property
     def is_full(self) -> bool:
@@ -153,6 +164,16 @@ class Journal:
             self._make_ahead()
             await self._sync()
             await self._remove_shipped()
+            if self.end == self._synced and self._has_ahead and not self._retired:
+                await self._await_append()
+
+    async def _await_append(self) -> None:
+        """Everything is on disk: the next append ends the pause, which is no longer than a shipped segment may stay."""
+        self._woken = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([self._woken], timeout=IDLE_S)
+        finally:
+            self._woken = None
 
     def close(self) -> None:
         """Force to disk what is left and give the lock back; the folder stays, for whoever ships the rest."""

@@ -44,6 +44,7 @@ class LoadShare:
         self._settings = settings
         self._worker = worker
         self._sequence = 0
+        self._is_idle = False  # our entry says that nothing is in flight
         self._seen: dict[str, tuple[Any, float]] = {}
         self._reports: dict[str, tuple[dict[str, Any], float]] = {}
         self._is_up = True
@@ -53,9 +54,10 @@ class LoadShare:
         self._take_reported(loads)
         if loads:
             try:
-                await self._valkey.hset(
-                    REPORTED, mapping={key: orjson.dumps(load) for key, load in loads.items()}
-                )
+                async with self._valkey.pipeline(transaction=False) as batch:
+                    batch.hset(REPORTED, mapping={key: orjson.dumps(load) for key, load in loads.items()})
+                    batch.expire(REPORTED, KEPT_S)
+                    await batch.execute()
             except (RedisError, OSError, TimeoutError):
                 log.debug("load is not shared", extra={"action": "load_not_shared"})
 
@@ -78,21 +80,24 @@ class LoadShare:
             await asyncio.sleep(pause_s)
 
     async def _share(self) -> None:
-        self._sequence += 1
         mine = {
             engine.key: (engine.load.turns, engine.load.tokens)
             for engine in self._registry.snapshot.engines
             if engine.load.turns
         }
+        is_idle, self._is_idle = self._is_idle, False  # until that is known to be there
         async with self._valkey.pipeline(transaction=False) as batch:
-            batch.hset(
-                IN_FLIGHT, self._worker, orjson.dumps({"sequence": self._sequence, "load": mine}).decode()
-            )
-            batch.expire(IN_FLIGHT, KEPT_S)
-            batch.expire(REPORTED, KEPT_S)
+            if (
+                mine or not is_idle
+            ):  # an entry that says nothing need not be renewed: without it nothing is known, either
+                self._sequence += 1
+                entry = orjson.dumps({"sequence": self._sequence, "load": mine}).decode()
+                batch.hset(IN_FLIGHT, self._worker, entry)
+                batch.expire(IN_FLIGHT, KEPT_S)
             batch.hgetall(IN_FLIGHT)
             batch.hgetall(REPORTED)
             *_, workers, reported = await batch.execute()
+        self._is_idle = not mine
         self._spread(self._others({name.decode(): value for name, value in workers.items()}))
         known = {key.decode(): value for key, value in reported.items()}
         self._take_reported({key: _decoded(value) for key, value in known.items()})

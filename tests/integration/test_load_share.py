@@ -219,3 +219,20 @@ async def test_it_ends_when_cancelled_whatever_it_was_doing(valkey, settings, cl
         await asyncio.sleep(0.0001 * (number % 7))
         async with asyncio.timeout(20):
             await worker.end()
+
+
+async def test_an_idle_worker_writes_once_and_is_heard_again_when_it_has_turns(pair, valkey):
+    one, two = pair
+    await eventually(lambda: one.share._is_idle and two.share._is_idle)
+    written = await valkey.hget(IN_FLIGHT, "w1")
+    await asyncio.sleep(0.2)  # ten periods
+    assert await valkey.hget(IN_FLIGHT, "w1") == written
+    two.puts(5, 500)
+    await eventually(lambda: one.has(5, 500))
+    two.puts(0, 0)
+    await eventually(lambda: one.has(0, 0))
+
+
+async def test_reports_are_kept_for_a_while_by_whoever_writes_them(pair, valkey):
+    await pair[0].share.report({KEY: {"running": 4}})
+    assert 0 < await valkey.ttl(REPORTED) <= load.KEPT_S

@@ -287,6 +287,42 @@ async def test_it_is_full_one_segment_before_its_bound_and_still_takes_what_has_
     assert repr(journal).endswith(f"pending=0 at={journal.end.segment}:{journal.end.offset}>")
 
 
+async def test_an_idle_journal_sleeps_until_an_append_and_syncs_that_soon(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing.journal.IDLE_S", 60.0)
+    task = asyncio.create_task(journal.run())
+    try:
+        for _ in range(3):
+            await eventually(lambda: journal._woken is not None)
+            journal.append(turn())
+            journal.append(turn())
+            end = journal.end
+            assert journal._synced != end
+            await eventually(lambda end=end: journal._synced == end)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    journal.append(turn())
+    assert journal._woken is None
+
+
+async def test_an_idle_journal_still_removes_what_was_shipped(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing.journal.IDLE_S", 0.01)
+    while journal.end.segment < 3:
+        journal.append(turn())
+    task = asyncio.create_task(journal.run())
+    try:
+        await eventually(lambda: journal._woken is not None)
+        journal.shipped(journal.end, journal.pending)
+        await eventually(lambda: segments(journal.folder)[0] == journal.end.segment)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
 async def test_without_room_for_a_segment_ahead_it_is_full_until_there_is_some(
     journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
