@@ -62,6 +62,14 @@ def uuid7() -> uuid.UUID:
     return made
 
 
+def uuid_of(digits: str) -> uuid.UUID:
+    """The UUID that 32 hexadecimal digits of ours stand for. ValueError for anything else."""
+    made = _new(_Uuid)
+    _set_int(made, int(digits, 16))
+    _set_safety(made, _UNKNOWN)
+    return made
+
+
 def _drawn() -> int:
     """64 random bits."""
     global _random

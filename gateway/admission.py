@@ -4,7 +4,6 @@ What it sets aside, a part of the limits and a hold of the wallet, is the turn's
 """
 
 import random
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,9 +20,11 @@ from billing.holds import (
 from billing.leases import BillingUnavailable, BudgetExceeded, Hold, InsufficientFunds, SpendLeases
 from billing.limits import Admission as Quota
 from billing.limits import Limiter, LimitExceeded
+from billing.limits.headers import Told
 from billing.prices import Price, PriceBook
 from config.clock import Clock
 from config.defaults import Settings
+from config.ids import uuid_of
 from gateway import errors
 from gateway.dispatch import NO_NODE_RETRY_AFTER_S
 from gateway.errors import (
@@ -40,6 +41,8 @@ from gateway.turn import Ask, Turn
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine, Group
+
+REQUEST_ID_PREFIX = len("req_")
 
 CLAMPED = "x-poolgate-max-tokens"
 """Header that tells the token limit which a request without one got, because its wallet buys no more."""
@@ -94,47 +97,50 @@ class Admission:
 
     def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
         """The turn, if memory alone can tell that it may begin; None: `admit` may find a way. Raises ApiError."""
-        funding, now = self._funded(ask, principal)
-        hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
+        group = self._group(ask, principal)
+        now = self._clock.now()
+        price = self._prices.price(ask.body["model"], now)
+        bound = self._bound(ask, group, price)
+        amount_nano = hold_nano(price, bound, ask.price_percent)
+        hold = self._leases.try_hold(principal.account_id, amount_nano, principal.budgets)
         if hold is None:
             return None
-        quota = self._limiter.try_admit(principal.subjects, limit_tokens(funding.bound))
+        quota = self._limiter.try_admit(principal.subjects, limit_tokens(bound))
         if quota is None:
             hold.void()
             return None
-        return _turn(ask, principal, request_id, funding, hold, quota, now)
+        return _turn(ask, principal, request_id, price, bound, hold, quota, now, quota.headers)
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
-        funding, now = self._funded(ask, principal)
+        group = self._group(ask, principal)
+        now = self._clock.now()
+        price = self._prices.price(ask.body["model"], now)
+        funding = Funding(price, self._bound(ask, group, price), ask.price_percent)
         quota = await self._quota(principal, limit_tokens(funding.bound))
         try:
             hold = self._leases.try_hold(principal.account_id, funding.amount_nano, principal.budgets)
             if hold is None:
-                hold = await self._hold(ask, principal, funding, self._group(ask, principal))
+                hold = await self._hold(ask, principal, funding, group)
         except BaseException as error:
             quota.end(0)
             if isinstance(error, ApiError):
                 error.headers |= quota.headers
             raise
-        return _turn(ask, principal, request_id, funding, hold, quota, now)
-
-    def _funded(self, ask: Ask, principal: Principal) -> tuple[Funding, float]:
-        """What the turn needs at most, and its time, by which it is priced."""
-        group = self._group(ask, principal)
-        if self._is_full():
-            raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
-        now = self._clock.now()
-        return self._funding(ask, group, self._prices.price(ask.body["model"], now)), now
+        told = quota.headers.with_more(funding.headers) if funding.headers else quota.headers
+        return _turn(ask, principal, request_id, price, funding.bound, hold, quota, now, told)
 
     def _group(self, ask: Ask, principal: Principal) -> Group:
-        """The engines that may serve it. Raises ModelNotFound, and NoNodeAvailable for a model that is only priced."""
+        """The engines that may serve it. Raises ModelNotFound, NoNodeAvailable for a model that is only priced, and
+        Unavailable while no more turns can be journaled."""
         model = ask.body["model"]
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
         snapshot = self._registry.snapshot
         group = snapshot.groups.get((model, ask.kind, None))
         if group is not None:
+            if self._is_full():
+                raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
             return group
         if model in snapshot.by_model:
             raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
@@ -142,14 +148,12 @@ class Admission:
             raise ModelNotFound(param="model")
         raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
 
-    def _funding(self, ask: Ask, group: Group, price: Price) -> Funding:
+    def _bound(self, ask: Ask, group: Group, price: Price) -> Bound:
+        shape = SHAPES[ask.engine_path]
         try:
-            bound = bound_of(
-                ask.body, ask.body_bytes, SHAPES[ask.engine_path], price, group.context_max, self._settings
-            )
+            return bound_of(ask.body, ask.body_bytes, shape, price, group.context_max, self._settings)
         except UnpricedMedia as error:
             raise BadRequest(str(error)) from None
-        return Funding(price, bound, ask.price_percent)
 
     async def _quota(self, principal: Principal, tokens: int) -> Quota:
         quota = self._limiter.try_admit(principal.subjects, tokens)
@@ -230,9 +234,8 @@ class Admission:
 
 
 def _turn(
-    ask: Ask, principal: Principal, request_id: str, funding: Funding, hold: Hold, quota: Quota, now: float
-) -> Turn:
-    turn_id = uuid.UUID(request_id.removeprefix("req_"))
-    headers = quota.headers | funding.headers if funding.headers else quota.headers
-    model, price, bound = ask.body["model"], funding.price, funding.bound
-    return Turn(turn_id, request_id, principal, ask, model, price, bound, hold, quota, now, headers=headers)
+    ask: Ask, principal: Principal, request_id: str, price: Price, bound: Bound, hold: Hold, quota: Quota, now: float,
+    told: Told,
+) -> Turn:  # fmt: skip
+    turn_id = uuid_of(request_id[REQUEST_ID_PREFIX:])
+    return Turn(turn_id, request_id, principal, ask, ask.body["model"], price, bound, hold, quota, now, told)

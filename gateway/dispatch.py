@@ -21,7 +21,7 @@ from billing.money import to_minor_up
 from config.defaults import Settings
 from gateway.errors import NoNodeAvailable
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
-from gateway.relay.events import Tokens, add_cost, answer_tokens
+from gateway.relay.events import Tokens, add_cost, answer_tokens, plain_tokens
 from gateway.relay.exchange import Delivery, stream, whole
 from gateway.relay.faults import (
     EngineFault,
@@ -242,14 +242,14 @@ class Dispatcher:
         if ask.tap is None:
             await self._relay_whole(turn, connection, down)
             return
-        headers = {"x-request-id": turn.request_id, **turn.headers}
+        headers = {"x-request-id": turn.request_id}
         tap = ask.tap()
         ends_at_s = None
         if ask.time_limit_s is not None:
             used_s = time.monotonic() - turn.started_s
             ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
         delivery = Delivery(
-            tap, down, EVENT_STREAM | headers, turn.first_event, partial(self._covers, turn),
+            tap, down, EVENT_STREAM | headers, turn.told, turn.first_event, partial(self._covers, turn),
             turn.bound.completion_tokens, ask.gathers, ends_at_s,
         )  # fmt: skip
         try:
@@ -269,7 +269,7 @@ class Dispatcher:
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
         if turn.ask.render is not None:
-            down.answer(200, JSON | headers, turn.ask.render(turn, tap, cost_minor))
+            down.answer(200, JSON | headers, turn.ask.render(turn, tap, cost_minor), turn.told)
         else:
             down.finish(tap.ending(cost_minor))
 
@@ -281,17 +281,16 @@ class Dispatcher:
         """Settle by what a whole answer counts, then send it. Raises EngineFault for one that is none, and ClientGone."""
         if status != 200:
             raise fault_of_answer(status, body)
-        answer = check_answer(body)
+        tokens = plain_tokens(body) or answer_tokens(check_answer(body)) or _estimated(turn.ask.body, body)
         if down.is_gone:
             raise ClientGone
         turn.first_event()
-        turn.delivered(answer_tokens(answer) or _estimated(turn.ask.body, body))
+        turn.delivered(tokens)
         turn.outcome, turn.status = "finished", 200
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
-        down.answer(
-            200, {"x-request-id": turn.request_id, **JSON, **turn.headers}, add_cost(body, cost_minor)
-        )
+        headers = {"x-request-id": turn.request_id, "content-type": "application/json"}
+        down.answer(200, headers, add_cost(body, cost_minor), turn.told)
 
     def landed(self, flight: "Flight") -> None:
         """A flight is over; what its engine did is noted as after any attempt."""

@@ -25,6 +25,7 @@ from billing.idempotency import (
     StoreUnavailable,
     Verdict,
 )
+from billing.limits.headers import NOTHING_TOLD, Told
 from config.defaults import Settings
 from gateway.errors import (
     ApiError,
@@ -162,11 +163,11 @@ class Collected:
             return None
         return Answer(self._status, self._headers, b"".join(self._parts), self._is_stream)
 
-    def start(self, headers: Mapping[str, str]) -> None:
+    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = self._is_stream = True
-        self._keep_head(200, headers)
+        self._keep_head(200, {**headers, **told})
         if (client := self._present) is not None:
-            client.start(headers)
+            client.start(headers, told)
 
     def write(self, data: bytes) -> None:
         self._keep(data)
@@ -179,12 +180,12 @@ class Collected:
         if (client := self._present) is not None:
             client.finish(data)
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
         self.is_started = self._is_whole = True
-        self._keep_head(status, headers)
+        self._keep_head(status, {**headers, **told})
         self._keep(body)
         if (client := self._present) is not None:
-            client.answer(status, headers, body)
+            client.answer(status, headers, body, told)
 
     async def drained(self) -> None:
         try:

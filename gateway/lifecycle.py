@@ -128,7 +128,7 @@ class Lifecycle:
     def _refuse(self, turn: Turn, down: Downstream, error: ApiError) -> None:
         """Say `error` in the way that is still open: raised while nothing was sent, else as the stream's last event."""
         turn.status = error.status
-        error.headers |= turn.headers
+        error.headers |= turn.told
         self._settle(turn)
         if not down.is_started:
             raise error

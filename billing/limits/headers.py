@@ -4,7 +4,7 @@ Each names the tightest window of its kind, the one with the least share left. W
 of them, is told by the limiter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -26,12 +26,23 @@ class Told(dict[str, str]):
         super().__init__()
         self._lines: bytes | None = None
 
+    def with_more(self, more: Mapping[str, str]) -> "Told":
+        """These, and some that one answer has."""
+        told = Told()
+        told.update(self)
+        told.update(more)
+        return told
+
     @property
     def lines(self) -> bytes:
         """The same as they stand in an answer's head, each with its end of line; made once, when all are in."""
         if self._lines is None:
             self._lines = "".join([f"{name}: {value}\r\n" for name, value in self.items()]).encode()
         return self._lines
+
+
+NOTHING_TOLD = Told()
+"""For answers without limits."""
 
 
 def headers_of(views: Iterable[View]) -> Told:

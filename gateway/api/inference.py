@@ -46,7 +46,7 @@ async def infer(request: web.Request, ask_of: AskOf) -> web.StreamResponse:
     down = HttpDownstream(
         protocol, is_http_11=request.version >= (1, 1), stall_s=app[SETTINGS].client_stall_s,
         keep_alive=request.keep_alive and not app[HEALTH].is_draining,
-        own_headers=app[CORS].lines(request.headers.get("Origin")),
+        own_lines=app[CORS].lines(request.headers.get("Origin")),
     )  # fmt: skip
     request_id = request[REQUEST_ID]
     try:

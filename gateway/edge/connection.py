@@ -170,8 +170,8 @@ class EdgeConnection(asyncio.Protocol):
     def _begin(self, head: Head, body: bytes) -> None:
         self._head = head
         self.ends_s = NEVER
-        self._turn = self._door.turns.begun(self, head)
-        self._turn.begin(body)
+        turn = self._turn = EdgeTurn(self._door.turns, self, head)
+        turn.begin(body)
 
     def answered(self, turn: EdgeTurn, *, keep_alive: bool) -> None:
         """The turn is over: on to the next request, or to the end."""

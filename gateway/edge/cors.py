@@ -1,6 +1,7 @@
 """Browsers of other origins (setting `cors_origins`): which may read answers, and what they are told. Pure."""
 
 from config.defaults import Settings
+from gateway.relay.downstream import lines_of
 
 EXPOSED = (
     "x-request-id, x-poolgate-max-tokens, idempotent-replayed, retry-after, x-ratelimit-limit-requests, "
@@ -37,7 +38,6 @@ class Cors:
             "access-control-allow-origin": origin, "access-control-expose-headers": EXPOSED, "vary": "origin",
         }  # fmt: skip
 
-    def lines(self, origin: str | None) -> str:
-        """The same as lines of a head, each with its end."""
-        fields = self.fields(origin)
-        return "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    def lines(self, origin: str | None) -> bytes:
+        """The same as they stand in a head."""
+        return lines_of(self.fields(origin))

@@ -12,7 +12,7 @@ from gateway.edge.head import Head
 from gateway.edge.refusals import new_request_id, refusal
 from gateway.edge.turns import EdgeTurns
 from gateway.errors import ApiError
-from gateway.relay.downstream import head_bytes
+from gateway.relay.downstream import whole_head
 
 TICK_S = 0.5
 """How often connections are looked at for being late: their bounds are seconds, and a timer each would cost more."""
@@ -51,14 +51,14 @@ class Door:
             return False
         head.for_ = route
         origin = head.fields.get(b"origin")
-        head.own_headers = self._cors.lines(None if origin is None else origin.decode("latin-1"))
+        head.own_lines = self._cors.lines(None if origin is None else origin.decode("latin-1"))
         return True
 
     def refusal(self, error: ApiError) -> bytes:
         """The whole answer to what never became a request: no path is known, so the shape is OpenAI's."""
         status, headers, body = refusal(error, "openai", new_request_id(), self._metrics)
         headers = {**headers, "content-length": str(len(body)), "connection": "close"}
-        return head_bytes(status, headers) + body
+        return whole_head(status, headers) + body
 
     async def run(self) -> None:
         """Keep the time until cancelled."""

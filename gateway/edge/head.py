@@ -36,7 +36,7 @@ class Head:
 
     `before` and `after` are the head's bytes around the digits of its length, by which the same head is known again with
     another length. What the edge finds out from the fields is kept here for requests with the same ones: `digest` of the key
-    that it presents, the route that it is `for_`, and `own_headers`, lines of each answer to it.
+    that it presents, the route that it is `for_`, and `own_lines` of each answer to it.
     """
 
     method: bytes
@@ -50,7 +50,7 @@ class Head:
     after: bytes = field(repr=False, default=b"")
     digest: bytes = field(repr=False, default=b"")
     for_: Any = None
-    own_headers: str = ""
+    own_lines: bytes = b""
 
     @property
     def is_plain_json(self) -> bool:

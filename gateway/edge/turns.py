@@ -47,15 +47,8 @@ class EdgeTurns:
         self.lifecycle = lifecycle
         self.keyed_turns = keyed_turns
         self.metrics = metrics
-        self._is_draining = is_draining
-
-    def begun(self, connection: Connection, head: Head) -> "EdgeTurn":
-        """One request, to be answered by its `begin`; `connection.answered` is told when that is done."""
-        down = HttpDownstream(
-            connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive and not self._is_draining(),
-            stall_s=self.settings.client_stall_s, own_headers=head.own_headers,
-        )  # fmt: skip
-        return EdgeTurn(self, connection, head, down)
+        self.is_draining = is_draining
+        self.stall_s = settings.client_stall_s
 
     def knows(self, head: Head) -> bool:
         """Whether memory knows the key of a request."""
@@ -76,16 +69,20 @@ class EdgeTurns:
         return value.strip().decode("utf-8", "surrogateescape") or None
 
 
-class EdgeTurn:
-    """One request of a connection, until it is answered."""
+class EdgeTurn(HttpDownstream):
+    """One request of a connection, and its answer's way. `begin` it; `connection.answered` is told when that is done."""
 
-    __slots__ = ("_connection", "_down", "_flight", "_head", "_task", "_turn", "_turns", "request_id")
+    __slots__ = ("_flight", "_head", "_task", "_turn", "_turns", "request_id")
 
-    def __init__(self, turns: EdgeTurns, connection: Connection, head: Head, down: HttpDownstream) -> None:
+    _connection: Connection
+
+    def __init__(self, turns: EdgeTurns, connection: Connection, head: Head) -> None:
+        super().__init__(
+            connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive and not turns.is_draining(),
+            stall_s=turns.stall_s, own_lines=head.own_lines,
+        )  # fmt: skip
         self._turns = turns
-        self._connection = connection
         self._head = head
-        self._down = down
         self._flight: Flight | None = None
         self._task: asyncio.Task[None] | None = None
         self._turn: Turn | None = None
@@ -103,11 +100,11 @@ class EdgeTurn:
             ask = self._head.for_(body, turns.settings)
             turn = self._turn = turns.lifecycle.try_admit(ask, principal, self.request_id)
             if turn is None:
-                self._go_on(turns.lifecycle.run, ask, principal, self.request_id, self._down)
+                self._go_on(turns.lifecycle.run, ask, principal, self.request_id, self)
                 return
-            self._flight = turns.lifecycle.launch(turn, self._down, self._landed)
+            self._flight = turns.lifecycle.launch(turn, self, self._landed)
             if self._flight is None:
-                self._go_on(turns.lifecycle.carry, turn, self._down)
+                self._go_on(turns.lifecycle.carry, turn, self)
         except ApiError as error:
             self._refuse(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
@@ -135,22 +132,22 @@ class EdgeTurn:
         """The flight is over: by an answer, or to go on from its error."""
         self._flight = None
         if flight.error is None:
-            self._connection.answered(self, keep_alive=self._down.keep_alive)
+            self._connection.answered(self, keep_alive=self.keep_alive)
         else:
-            self._go_on(self._turns.lifecycle.carry, flight.turn, self._down, flight)
+            self._go_on(self._turns.lifecycle.carry, flight.turn, self, flight)
 
     # --- in a task ------------------------------------------------------------------------------------------------
 
     def _go_on(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._ending(work, *given))
+        self._task = asyncio.get_running_loop().create_task(self._carry_out(work, *given))
         self._task.add_done_callback(self._ended)
 
-    async def _ending(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
+    async def _carry_out(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
         """`work`, and what became of it told to the client and its connection."""
         keep_alive = False
         try:
             await work(*given)
-            keep_alive = self._down.keep_alive
+            keep_alive = self.keep_alive
         except ClientGone:
             pass
         except ApiError as error:
@@ -180,23 +177,21 @@ class EdgeTurn:
         key = key_of(None if field is None else field.decode("latin-1"))
         ask: Ask = head.for_(body, turns.settings)
         if key is None:
-            await turns.lifecycle.run(ask, principal, self.request_id, self._down)
+            await turns.lifecycle.run(ask, principal, self.request_id, self)
             return
         request_hash = turns.keyed_turns.request_hash("POST", head.target.decode("ascii"), body)
-        await turns.keyed_turns.run(
-            ask, principal, self.request_id, self._down, key=key, request_hash=request_hash
-        )
+        await turns.keyed_turns.run(ask, principal, self.request_id, self, key=key, request_hash=request_hash)
 
     # --- saying no ------------------------------------------------------------------------------------------------
 
     def _refuse(self, error: ApiError) -> None:
         status, headers, body = refusal(error, "openai", self.request_id, self._turns.metrics)
-        self._down.answer(status, headers, body)
-        self._connection.answered(self, keep_alive=self._down.keep_alive)
+        self.answer(status, headers, body)
+        self._connection.answered(self, keep_alive=self.keep_alive)
 
     def _crash(self, error: Exception) -> None:
         """A fault of ours, in the log with its cause and told without."""
-        if self._down.is_started:
+        if self.is_started:
             log_crash(self.request_id, error)
             self._connection.answered(self, keep_alive=False)
             return

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from billing.limits.headers import NOTHING_TOLD, Told
+
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -21,12 +23,14 @@ EVENT_STREAM = {
 
 
 KEEPING = {
-    (True, True): "", (True, False): "connection: keep-alive\r\n",
-    (False, True): "connection: close\r\n", (False, False): "connection: close\r\n",
+    (True, True): b"\r\n", (True, False): b"connection: keep-alive\r\n\r\n",
+    (False, True): b"connection: close\r\n\r\n", (False, False): b"connection: close\r\n\r\n",
 }  # fmt: skip
-"""What a head says of the next request, by whether one may come and whether the client speaks HTTP/1.1."""
+"""How a head ends: what it says of the next request, by whether one may come and whether the client speaks HTTP/1.1."""
 
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 
 
 class ClientGone(Exception):
@@ -51,8 +55,8 @@ class Downstream(Protocol):
         """The client is slower than the engine: stop until `drained`."""
         ...
 
-    def start(self, headers: Mapping[str, str]) -> None:
-        """Send status 200 and the head of a stream."""
+    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
+        """Send status 200 and the head of a stream; `told` are more headers, which many answers share."""
         ...
 
     def write(self, data: bytes) -> None:
@@ -63,8 +67,8 @@ class Downstream(Protocol):
         """Send the last of a stream."""
         ...
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send a whole answer at once."""
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
+        """Send a whole answer at once; `told` as in `start`."""
         ...
 
     async def drained(self) -> None:
@@ -94,11 +98,11 @@ class HttpDownstream:
     __slots__ = (
         "_chunked",
         "_connection",
+        "_ending",
         "_is_http_11",
         "_transport",
         "is_started",
         "keep_alive",
-        "own_headers",
         "stall_s",
     )
 
@@ -109,16 +113,16 @@ class HttpDownstream:
         is_http_11: bool,
         keep_alive: bool,
         stall_s: float,
-        own_headers: str = "",
+        own_lines: bytes = b"",
     ) -> None:
-        """`stall_s`: a client that reads nothing for this long is taken as gone. `own_headers`: lines that each answer on
-        this connection has, each with its line end."""
+        """`stall_s`: a client that reads nothing for this long is taken as gone. `own_lines`: headers that each answer on
+        this connection has, as they stand in a head."""
         self._connection = connection
         self._transport: Any = connection.transport
         self._is_http_11 = is_http_11
+        self._ending = own_lines
         self._chunked = False
         self.stall_s = stall_s
-        self.own_headers = own_headers
         self.keep_alive = keep_alive
         self.is_started = False
 
@@ -132,12 +136,13 @@ class HttpDownstream:
         transport = self._transport
         return transport is not None and transport.get_write_buffer_size() > self._connection.buffer_bytes
 
-    def start(self, headers: Mapping[str, str]) -> None:
+    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
         self._chunked = self._is_http_11
         if not self._chunked:  # HTTP/1.0 knows no chunks: the end of the connection ends the body
             self.keep_alive = False
-        self._send(self._head(200, headers, "transfer-encoding: chunked\r\n" if self._chunked else ""))
+        framing = b"transfer-encoding: chunked\r\n" if self._chunked else b""
+        self._send(b"".join((STATUS_LINES[200], lines_of(headers), told.lines, framing, self._ended_head())))
 
     def write(self, data: bytes) -> None:
         self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
@@ -148,9 +153,16 @@ class HttpDownstream:
         elif data:
             self._send(data)
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
-        self._send(self._head(status, headers, f"content-length: {len(body)}\r\n") + body)
+        self._send(
+            b"%b%b%bcontent-length: %d\r\n%b%b"
+            % (STATUS_LINES[status], lines_of(headers), told.lines, len(body), self._ended_head(), body)
+        )
+
+    def _ended_head(self) -> bytes:
+        """The last lines of a head: what this connection's answers have, and whether it is kept."""
+        return self._ending + KEEPING[self.keep_alive, self._is_http_11]
 
     async def drained(self) -> None:
         connection, transport = self._connection, self._transport
@@ -179,15 +191,15 @@ class HttpDownstream:
         if transport is not None and not transport.is_closing():
             transport.write(data)
 
-    def _head(self, status: int, headers: Mapping[str, str], framing: str) -> bytes:
-        ending = KEEPING[self.keep_alive, self._is_http_11]
-        return head_bytes(status, headers, f"{self.own_headers}{framing}{ending}")
+
+def lines_of(headers: Mapping[str, str]) -> bytes:
+    """Headers as they stand in a head, each with its end of line."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
 
 
-def head_bytes(status: int, headers: Mapping[str, str], more: str = "") -> bytes:
-    """The head of an answer; `more` are further lines, each with its end."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return f"{STATUS_LINES[status]}{lines}{more}\r\n".encode("latin-1")
+def whole_head(status: int, headers: Mapping[str, str]) -> bytes:
+    """A head with just these headers."""
+    return b"".join((STATUS_LINES[status], lines_of(headers), b"\r\n"))
 
 
 class Relayed(web.StreamResponse):

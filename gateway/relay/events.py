@@ -105,6 +105,30 @@ def answer_tokens(answer: dict[str, Any]) -> Tokens | None:
     return tokens_of(usage, RESPONSES_COUNTS if isinstance(answer.get("output"), list) else COUNTS)
 
 
+PLAIN_ANSWER = re.compile(rb'\{"id":"[^"\\]*","object":"(?:chat\.completion|text_completion|list)",')
+PLAIN_LISTS = (b'"choices":[{', b'"data":[{')
+PLAIN_LIST_WITHIN = 1000
+"""Bytes in which the list of answers begins behind id, time and model."""
+
+
+def plain_tokens(body: bytes) -> Tokens | None:
+    """Usage of an answer as vLLM writes it, without decoding it; None for any other one, which must be looked at.
+
+    Its beginning says that it is an answer and no error, and its bare quotes that the last `,"usage":{` is its own.
+    """
+    if PLAIN_ANSWER.match(body) is None:
+        return None
+    at = body.rfind(b',"usage":{')
+    if at < 0 or (match := USAGE.match(body, at)) is None:
+        return None
+    if (
+        body.find(PLAIN_LISTS[0], 0, PLAIN_LIST_WITHIN) < 0
+        and body.find(PLAIN_LISTS[1], 0, PLAIN_LIST_WITHIN) < 0
+    ):
+        return None
+    return usage_tokens(match)
+
+
 def usage_dict(tokens: Tokens) -> dict[str, int]:
     """The contract's `usage` object."""
     total = tokens.prompt + tokens.completion

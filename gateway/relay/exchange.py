@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from billing.limits.headers import Told
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, error_of, first_event
@@ -50,6 +51,7 @@ class Delivery:
     tap: Tap
     down: Downstream
     headers: dict[str, str]
+    told: Told
     on_first: Callable[[], None]
     covers: Callable[[Tokens], int]
     tokens_max: int
@@ -108,7 +110,7 @@ async def _first_event(connection: UpstreamConnection, delivery: Delivery, setti
 def _say_waiting(delivery: Delivery) -> None:
     down = delivery.down
     if not down.is_started:
-        down.start(delivery.headers)
+        down.start(delivery.headers, delivery.told)
     down.write(KEEPALIVE)
 
 
@@ -117,7 +119,7 @@ def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: i
     tap, down, gathered = delivery.tap, delivery.down, delivery.gathered
     tokens_max = delivery.tokens_max
     if not gathered and not down.is_started:
-        down.start(delivery.headers)
+        down.start(delivery.headers, delivery.told)
 
     def pass_on(data: bytes) -> None:
         nonlocal tokens_max

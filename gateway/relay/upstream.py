@@ -40,14 +40,15 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_parser", "_pool", "_sink", "_watcher", "buffered", "closed",
-        "complete", "failure", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
+        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_over", "_parser", "_pool", "_sink", "_watcher", "buffered",
+        "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
         self._loop = loop
         self._pool = pool
         self._watcher: Watcher | None = None
+        self._over: Watcher | None = None
         self._sink: Sink | None = None
         self.is_paused = False
         self.transport: Any = None
@@ -66,13 +67,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- the turn's side --------------------------------------------------------------------------------------
 
-    def begin(self, request: bytes, watcher: Watcher | None = None) -> None:
+    def begin(self, request: bytes, over: Watcher | None = None) -> None:
         """Send one request. The caller releases the connection, or closes it, exactly once afterwards.
 
-        `watcher` is called for each piece of news (status, more of the body, end); without one, `changed` waits for it.
+        `over` is called when the answer has ended, or more of it came than may before `read_on`; without it, `changed` waits
+        for any news.
         """
         self.status = 0
-        self._watcher = watcher
+        self._over = over
         self.parts.clear()
         self.buffered = 0
         self._look_at_bytes = READ_AHEAD_BYTES
@@ -150,7 +152,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
-        self._sink = self._watcher = None
+        self._sink = self._watcher = self._over = None
         if self.closed or self.is_paused or self.failure is not None or self._pool is None:
             self.close()
         elif self.complete:
@@ -218,6 +220,11 @@ class UpstreamConnection(asyncio.Protocol):
             self.failure = failure
         self.close()
         self.poke()
+        self._tell_over()
+
+    def _tell_over(self) -> None:
+        if self._over is not None:
+            self._over()
 
     # --- llhttp's side ----------------------------------------------------------------------------------------
 
@@ -239,7 +246,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.buffered += len(body)
             if self.buffered >= self._look_at_bytes:
                 self.pause()
-            self.poke()
+                self._tell_over()
+            if self._watcher is not None:
+                self._watcher()
 
     def on_message_complete(self) -> None:
         if self.status >= 200:
@@ -249,6 +258,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._keeps_alive = self._parser.should_keep_alive()
             if self._linger is not None:
                 self._go_idle()
+            elif self._over is not None:
+                self._over()
             else:
                 self.poke()
 
