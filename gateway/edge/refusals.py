@@ -43,7 +43,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def new_request_id() -> str:
     """Sorts by time, unique over all processes; a turn's id is the same number (`gateway.turn`)."""
-    return f"req_{uuid7().hex}"
+    return f"req_{uuid7().int:032x}"
 
 
 @web.middleware

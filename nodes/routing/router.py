@@ -47,6 +47,10 @@ def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: 
     if group is None:
         raise NoEngine(need.model, is_known=need.model in snapshot.by_model)
     roomy = group.roomy(need.context)
+    if roomy > sample and not need.tried:
+        best = _least_of_a_few(group.fit, roomy, sample, turns_max, rng)
+        if best is not None:
+            return best
     small = len(group.fit) - roomy
     found = _sampled(group, 0, roomy, need.tried, sample, turns_max, rng)
     if not found and small:
@@ -55,6 +59,26 @@ def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: 
     if not found:
         raise NoEngine(need.model, is_known=True)
     return pick(found, rng)
+
+
+def _least_of_a_few(
+    fit: Sequence[Engine], count: int, sample: int, turns_max: int, rng: random.Random
+) -> Engine | None:
+    """The usual case: the least loaded of `sample` draws among the first `count`. None where one drawn is unfit.
+
+    One that is drawn twice is looked at twice, which takes less than to see that it was; equal ones are in random order.
+    """
+    draw = rng.random
+    best, least = None, INFINITE
+    for _ in range(sample):
+        engine = fit[int(draw() * count)]
+        load, breaker = engine.load, engine.breaker
+        if breaker.is_open or load.turns >= turns_max or (breaker.is_trial and breaker.has_trial):
+            return None
+        tokens = load.in_tokens
+        if tokens < least:
+            best, least = engine, tokens
+    return best
 
 
 def _sampled(
