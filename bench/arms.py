@@ -153,8 +153,9 @@ def _await_answer(arm: Arm, process: Child, log: Path) -> None:
                 reply.read()
                 return
         except OSError as error:
-            assert time.monotonic() < deadline_s, f"{arm.name}: {error}\n{log.read_text()[-4000:]}"
-            time.sleep(0.1)
+            refused = error
+        assert time.monotonic() < deadline_s, f"{arm.name}: {refused}\n{log.read_text()[-4000:]}"
+        time.sleep(0.1)
 
 
 async def _stop(process: Child) -> None:

@@ -13,7 +13,7 @@ WORDS = "a few words "
 
 def chat_body(size: int, *, tokens: int, stream: bool = False) -> dict[str, Any]:
     """A chat request of `size` bytes as JSON, or as few as it can have, for an answer of `tokens` tokens."""
-    body = {
+    body: dict[str, Any] = {
         "model": MODEL, "messages": [{"role": "user", "content": NUMBER}], "max_tokens": tokens, "ignore_eos": True,
         **({"stream": True} if stream else {}),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a streamed chunk costs, when an engine sends a hundred at once and when it sends at a pace; and how much later it comes."""
+"""What a streamed chunk costs, when an engine sends a hundred at once and when it sends at a pace; how late it comes."""
 
 import sys
 
@@ -16,18 +16,19 @@ ADDED = "added chunk delay, {}"
 CONNECTIONS = 16
 BURST, BURST_CHUNKS, BURST_STREAMS = "burst of 100", 100, 1000
 PACED, PACED_CHUNKS, PACED_STREAMS, PACE_MS, JITTER = "paced 20 ms x 256", 400, 256, 20.0, 0.3
-PACED_A_SECOND = PACED_STREAMS / PACE_MS * 1000
 METHOD = f"""\
-**Burst**: {BURST_STREAMS:,} streams of {BURST_CHUNKS} chunks, {CONNECTIONS} at a time; the engine writes all chunks of a stream at
-once, each framed as an HTTP chunk of its own, as vLLM's server does. **Paced**: {PACED_STREAMS} streams of {PACED_CHUNKS} chunks, one
-every {PACE_MS:g} ms on average (±{JITTER:.0%} at random); each stream starts at a random moment within {PACE_MS:g} ms, so they
-don't beat together. What a stream's request costs, and what a gateway does without requests, is inside.
+**Burst**: {BURST_STREAMS:,} streams of {BURST_CHUNKS} chunks, {CONNECTIONS} at a time; the engine writes all chunks
+of a stream at once, each framed as an HTTP chunk of its own, as vLLM's server does. **Paced**: {PACED_STREAMS}
+streams of {PACED_CHUNKS} chunks, one every {PACE_MS:g} ms on average (±{JITTER:.0%} at random); each stream starts
+at a random moment within {PACE_MS:g} ms, so they don't beat together. What a stream's request costs, and what a
+gateway does without requests, is inside.
 
-The engine writes the time (CLOCK_MONOTONIC) into the text of each paced chunk just before it sends it, and the load generator,
-on the same machine, takes the age of each stamp when it reads it. *Direct* is the same without a gateway; *added* is the
-difference of both medians, or of both 99th percentiles, within a round. The engine's timer has steps of 1 ms: some 13 chunks
-leave together, and the last of them waits for the others, with a gateway and without. poolgate asks the engine for a count of
-tokens in each chunk and takes it out again, so the engine sends it more bytes than it sends the others."""
+The engine writes the time (CLOCK_MONOTONIC) into the text of each paced chunk just before it sends it, and the load
+generator, on the same machine, takes the age of each stamp when it reads it. *Direct* is the same without a
+gateway; *added* is the difference of both medians, or of both 99th percentiles, within a round. The engine's timer
+has steps of 1 ms: some 13 chunks leave together, and the last of them waits for the others, with a gateway and
+without. poolgate asks the engine for a count of tokens in each chunk and takes it out again, so the engine sends it
+more bytes than it sends the others."""
 
 
 def measure(asked: Asked) -> list[Sample]:

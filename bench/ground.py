@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import asyncpg
 import uvloop
@@ -65,13 +65,18 @@ class Ground:
 
     async def spend(self, arm: Arm, job: Job) -> Spent:
         """Put the load on, wait until everything that it caused is done, and read the clocks. Every answer must be whole."""
-        clocks = (arm.clock, *(CpuClock(pid) for pid in map(self.stores.pids.__getitem__, ("postgres", "valkey"))))
+        clocks = (
+            arm.clock,
+            *(CpuClock(pid) for pid in map(self.stores.pids.__getitem__, ("postgres", "valkey"))),
+        )
         before = [clock.read_s() for clock in clocks]
         outcome = await self.load.run(job)
         assert outcome.verdicts == {"whole": job.requests}, (arm.name, outcome)
         await arm.settle(job.requests)
-        spent = [clock.read_s() - then for clock, then in zip(clocks, before, strict=True)]
-        return Spent(*spent, outcome)
+        gateway_s, postgres_s, valkey_s = (
+            clock.read_s() - then for clock, then in zip(clocks, before, strict=True)
+        )
+        return Spent(gateway_s, postgres_s, valkey_s, outcome)
 
     @asynccontextmanager
     async def start(self, name: str) -> AsyncIterator[Arm]:
@@ -81,7 +86,7 @@ class Ground:
         if name == DIRECT:
             yield Arm(DIRECT, self.engine.url, "", CpuClock())
         elif name in (OURS, UNBILLED):
-            async with self._database(folder) as (settings, pool):
+            async with self.database(folder) as (settings, pool):
                 start = everything_on if name == OURS else _unbilled
                 async with start(settings, pool, self.engines, folder) as arm:
                     yield arm
@@ -104,7 +109,8 @@ class Ground:
             yield arms
 
     @asynccontextmanager
-    async def _database(self, folder: Path) -> AsyncIterator[tuple[Settings, asyncpg.Pool]]:
+    async def database(self, folder: Path) -> AsyncIterator[tuple[Settings, asyncpg.Pool]]:
+        """A fresh one, as settings, with a pool of our own in it."""
         url = await _fresh_database(self.stores.database_url, f"bench_{next(self._numbers)}")
         settings = load_settings(
             environ={}, database_url=url, redis_url=self.stores.redis_url, data_dir=str(folder / "data"),

@@ -1,4 +1,4 @@
-"""How much later an answer comes through a gateway than from the engine itself, at fixed rates; and a stream's first byte."""
+"""How much later an answer comes through a gateway than from the engine, at fixed rates; and a stream's first byte."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from bench.arms import DIRECT, Arm
 from bench.bodies import chat_body
 from bench.ground import ALL, Ground, on_ground
 from bench.load import Job
-from bench.peers import tool_version
+from bench.peers import h2load_version
 from bench.question import Asked, Question, run
 from bench.rounds import rounds_of, tell
 from bench.samples import Sample, paired_differences, quantile
@@ -28,21 +28,22 @@ STREAMS = "first byte of a stream, 100/s"
 STREAM_RATE = 100.0
 CASES = {f"{rate:,}/s": rate for rate in (100, 500, 1000, 2000)}
 METHOD = f"""\
-`h2load --h1` sends whole chat requests (200 B, 16 tokens) for {SECONDS:g} s at a fixed rate over {CONNECTIONS} connections, whose moments
-are spread over the pause between two requests of one. *Direct* is the same load on the engine itself, in the same round;
-*added* is the difference of both medians, or of both 99th percentiles. A peer is not asked for a rate after it answered less
-than {HELD:.0%} of one: that row is missing. h2load has one request at a time on a connection: behind one that is late, the next
-ones of its connection start late. **First byte of a stream** is measured by bench/load.py, counted from when a request was due."""
+`h2load --h1` sends whole chat requests (200 B, 16 tokens) for {SECONDS:g} s at a fixed rate over {CONNECTIONS}
+connections, whose moments are spread over the pause between two requests of one. *Direct* is the same load on the
+engine itself, in the same round; *added* is the difference of both medians, or of both 99th percentiles. A peer is
+not asked for a rate after it answered less than {HELD:.0%} of one: that row is missing. h2load has one request at a
+time on a connection: behind one that is late, the next ones of its connection start late. **First byte of a
+stream** is measured by bench/load.py, counted from when a request was due."""
 
 
 def measure(asked: Asked) -> list[Sample]:
-    tool_version("h2load", "--version")
+    h2load_version()
     return on_ground(lambda ground: _measure(ground, asked))
 
 
 async def _measure(ground: Ground, asked: Asked) -> list[Sample]:
     samples: list[Sample] = []
-    most = {arm: 10**9 for arm in asked.arms}
+    most = dict.fromkeys(asked.arms, 10**9)
     async with ground.together(asked.arms) as arms:
         for number, order in rounds_of(arms, asked.rounds):
             for case in asked.cases if number else asked.cases[:1]:

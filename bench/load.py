@@ -149,7 +149,7 @@ class Client(asyncio.Protocol):
 class Job:
     """A load. With `rate` requests start at even times whatever becomes of the earlier ones, else each connection sends
     its next one when it has its answer. `keys`: one request each, in turn, instead of all by `key`. `events`: chunks that
-    a whole stream must have. `stamped`: chunks carry stamps, see `bench.stamps`. A body may be numbered, see `bench.bodies`."""
+    a whole stream must have. `stamped`: chunks carry stamps (`bench.stamps`). A body may be numbered (`bench.bodies`)."""
 
     url: str
     path: str = "/v1/chat/completions"
@@ -292,10 +292,11 @@ class Tally:
                 self._ttfts.append(answer.first_s * 1000)
 
     def outcome(self, seconds: float) -> Outcome:
-        times = (self._latencies, self._ttfts, self.ages)
         return Outcome(
             dict(self._verdicts), dict(self._statuses), self._events, self._wrong_length, seconds,
-            *(quantile(some, share) for some in times for share in (0.5, 0.99)), len(self.ages),
+            p50_ms=quantile(self._latencies, 0.5), p99_ms=quantile(self._latencies, 0.99),
+            ttft_p50_ms=quantile(self._ttfts, 0.5), ttft_p99_ms=quantile(self._ttfts, 0.99),
+            age_p50_ms=quantile(self.ages, 0.5), age_p99_ms=quantile(self.ages, 0.99), ages=len(self.ages),
         )  # fmt: skip
 
 

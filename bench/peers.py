@@ -20,7 +20,7 @@ PINS: Mapping[str, str] = {
     "vllm-router": "0.1.17",
     "sglang-router": "0.3.2",
     "litellm": "1.106.0",
-    # Debian's: the newest fix of it that the release has. Nothing older is kept on its servers, so nothing closer can be pinned.
+    # Debian's: the newest fix that its release has. It keeps nothing older, so nothing closer can be pinned.
     "nginx": "1.22",
     "nghttp2-client": "1.52",
 }
@@ -78,7 +78,14 @@ class PythonPeer(Peer):
     def install(self) -> None:
         if not (self.venv / "bin" / "python").exists():
             subprocess.run([sys.executable, "-m", "venv", self.venv], check=True)
-        pip = [self.venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip = [
+            str(self.venv / "bin" / "python"),
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+        ]
         subprocess.run([*pip, f"{self.requirement}=={PINS[self.name]}"], check=True)
 
     def version(self) -> str:
@@ -162,6 +169,7 @@ class Nginx(Peer):
         subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
 
     def version(self) -> str:
+        h2load_version()
         return tool_version("nginx", "-v")
 
     def command(self, port: int, engines: Sequence[str], folder: Path) -> list[str]:
@@ -201,6 +209,11 @@ def tool_version(program: str, flag: str) -> str:
     return found[0] if found else "unknown"
 
 
+def h2load_version() -> str:
+    """The installed one. Raises NotInstalled."""
+    return tool_version("h2load", "--version")
+
+
 def versions() -> dict[str, str]:
     """What is installed of the peers, by name; those that are not, or are others, are left out."""
     found = {}
@@ -233,7 +246,7 @@ def main() -> int:
             peer.install()
             found = peer.check()
         print(f"  {found} is there", flush=True)
-    print(f"h2load {tool_version('h2load', '--version')} is there")
+    print(f"h2load {h2load_version()} is there")
     return 0
 
 

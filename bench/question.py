@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.machine import machine
-from bench.samples import Sample, Samples, plain
+from bench.samples import Sample, Samples, Spread, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`method` says in Markdown how the numbers are made; `pictures` are measures to be drawn, `is_compared` asks for ratios."""
+    """`method` says in Markdown how numbers are made; `pictures` are measures to be drawn, `is_compared` asks for ratios."""
 
     name: str
     title: str
@@ -71,7 +71,9 @@ def run(question: Question) -> int:
     """`python -m bench.NAME`: measure and print."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{question.name}", description=question.title)
     parser.add_argument("--rounds", type=int, help=f"how often each is measured (default: {question.rounds})")
-    parser.add_argument("--only", default="", help=f"only cases with this in their name: {', '.join(question.cases)}")
+    parser.add_argument(
+        "--only", default="", help=f"only cases with this in their name: {', '.join(question.cases)}"
+    )
     parser.add_argument("--arms", nargs="+", default=(), help=f"only these: {', '.join(question.arms)}")
     parser.add_argument("--json", action="store_true", help="print every sample as JSON instead of a table")
     args = parser.parse_args()
@@ -88,11 +90,10 @@ def as_text(samples: Samples) -> str:
     lines = []
     for measure, unit in samples.measures():
         for case in samples.cases(measure):
-            lines.append(f"{measure}, {case}")
-            for arm in samples.arms(measure):
-                if spread := samples.spread(measure, case, arm):
-                    lines.append(
-                        f"  {arm:<24}{plain(spread.median):>9} {unit:<3} ({plain(spread.least)} - {plain(spread.most)})"
-                    )
+            rows = [(arm, samples.spread(measure, case, arm)) for arm in samples.arms(measure)]
+            lines += [f"{measure}, {case}", *(_line(arm, unit, spread) for arm, spread in rows if spread)]
     return "\n".join(lines)
 
+
+def _line(arm: str, unit: str, spread: Spread) -> str:
+    return f"  {arm:<46}{plain(spread.median):>9} {unit:<3} ({plain(spread.least)} - {plain(spread.most)})"

@@ -20,13 +20,13 @@ BODIES = {"200 B": (200, 8000), "4 KB": (4096, 8000), "64 KB": (65536, 1500)}
 TOKENS = 16
 IDLE_S = 5.0
 METHOD = """\
-Whole answers of 16 tokens, 16 connections that are kept open, each of which asks again when it is answered. CPU is user and
-system time of all processes of the gateway, from before the first request until the work of the last one is done: with
-poolgate, when its usage is in PostgreSQL. What a gateway does without requests is inside; *idle* says how much that is.
-**poolgate** has everything on, as shipped: a key with six limits and two budgets, holds, a choice among ten nodes,
-settlement, journal (fsync every 50 ms), shipping to PostgreSQL, metrics, one log line a turn to a file. **Billing off** is a
-worker without holds, limits, budgets, journal and settlement, which no setting of the product gives (bench/unbilled.py).
-PostgreSQL's and Valkey's CPU is in rows of its own, and not in poolgate's."""
+Whole answers of 16 tokens, 16 connections that are kept open, each of which asks again when it is answered. CPU is
+user and system time of all processes of the gateway, from before the first request until the work of the last one
+is done: with poolgate, when its usage is in PostgreSQL. What a gateway does without requests is inside; *idle* says
+how much that is. **poolgate** has everything on, as shipped: a key with six limits and two budgets, holds, a choice
+among ten nodes, settlement, journal (fsync every 50 ms), shipping to PostgreSQL, metrics, one log line a turn to a
+file. **Billing off** is a worker without holds, limits, budgets, journal and settlement, which no setting of the
+product gives (bench/unbilled.py). PostgreSQL's and Valkey's CPU is in rows of its own, and not in poolgate's."""
 
 
 def measure(asked: Asked) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""What was measured, as numbers with names, and the arithmetic over rounds: medians, spread, paired ratios and differences."""
+"""What was measured, as numbers with names, and arithmetic over rounds: medians, spread, paired ratios and differences."""
 
 import statistics
 from collections.abc import Iterable, Sequence

@@ -88,7 +88,9 @@ def _knobs(known: argparse.Namespace, environ: dict[str, str]) -> dict[str, Any]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.fake_engine", description=__doc__, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--also", nargs="+", default=[], metavar="HOST", help="more addresses, on the same port")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="HOST", help="more addresses, on the same port"
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the system picks one; printed as a JSON line")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--served-model-name", nargs="+")

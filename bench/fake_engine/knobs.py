@@ -77,7 +77,9 @@ class Knobs:
     pace_ms: float = 0.0
     pace_per_running_ms: float = 0.0  # added for each running request: a batch slows down as it grows
     jitter: float = 0.0  # share of the pace, either way
-    phase_ms: float = 0.0  # a stream's first token waits up to so long more, so that streams don't beat together
+    phase_ms: float = (
+        0.0  # a stream's first token waits up to so long more, so that streams don't beat together
+    )
     keep_alive_ms: float = 5000.0  # idle connections are closed after this, as uvicorn does
     sse_keep_alive_ms: float = 0.0  # `: keep-alive` comments while a stream waits for its first event
     # Limits.
