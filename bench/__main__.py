@@ -64,7 +64,8 @@ def write(folder: Path, findings: dict[str, Finding]) -> None:
     """Samples, text and pictures, after each question: what comes later may fail."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     told = {name: finding.to_json() for name, finding in findings.items()}
-    (folder / "results.json").write_text(json.dumps(told, indent=0) + "\n")
+    lines = json.dumps(told).replace("}, {", "},\n{")  # a sample a line
+    (folder / "results.json").write_text(lines + "\n")
     (folder / "RESULTS.md").write_text(results(QUESTIONS, findings))
     for question in QUESTIONS:
         if question.name in findings:

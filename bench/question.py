@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.machine import machine
+from bench.peers import PINS, versions
 from bench.samples import Sample, Samples, Spread, plain
 
 
@@ -62,6 +63,8 @@ class Finding:
 def find(question: Question, asked: Asked) -> Finding:
     """Measure. Samples come in the order of the arms, whatever the rounds' was."""
     about = machine()
+    if set(question.arms) & set(PINS):
+        about["peers"] = ", ".join(f"{name} {version}" for name, version in versions().items())
     order = {arm: place for place, arm in enumerate(question.arms)}
     samples = sorted(question.measure(asked), key=lambda sample: order.get(sample.arm, len(order)))
     return Finding(about, asked.rounds, Samples(samples))
