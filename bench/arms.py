@@ -104,7 +104,7 @@ async def worker(module: str, settings: Settings, folder: Path) -> AsyncIterator
     with sock, log.open("wb") as output:
         process = spawn_python(
             module, pass_fds=(sock.fileno(),), stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=ROOT,
-            env=environment(Settings()) | {FOLDER_VARIABLE: str(metrics)},
+            env={"MALLOC_ARENA_MAX": "1", **environment(Settings()), FOLDER_VARIABLE: str(metrics)},
         )  # fmt: skip
         assert process.stdin is not None
         with process.stdin as stdin:

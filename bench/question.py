@@ -38,7 +38,7 @@ class Question:
         """All of it, but for what is said otherwise: cases that have `only` in their name, and these arms."""
         return Asked(
             rounds or self.rounds,
-            [case for case in self.cases if only in case],
+            [only] if only in self.cases else [case for case in self.cases if only in case],
             [arm for arm in self.arms if not arms or arm in arms],
         )
 

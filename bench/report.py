@@ -93,7 +93,10 @@ def losses(questions: Sequence[Question], findings: Mapping[str, Finding]) -> st
     found: list[str] = []
     for question in questions:
         samples = findings[question.name].samples
-        for measure, unit in samples.measures():
+        measures = samples.measures()
+        for measure, unit in measures:
+            if (f"added {measure}", unit) in measures:  # what is added says the same
+                continue
             found += [line for case in samples.cases(measure) for line in _lost(samples, measure, unit, case)]
     if not found:
         found = ["- Nowhere, among what is measured here."]
