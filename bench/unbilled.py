@@ -23,8 +23,8 @@ from gateway import worker
 BOUND = Bound(
     prompt_tokens=100_000, output_tokens=4096, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=0
 )  # fmt: skip
-"""What every request is taken for: more than any of the benchmarks'. Past its bound an answer would be cut, and what an engine
-counted would be doubted in a warning for each turn."""
+"""What every request is taken for: more than any of the benchmarks'. Past its bound an answer would be cut, and what an
+engine counted would be doubted in a warning for each turn."""
 
 
 class Free:

@@ -50,7 +50,9 @@ def test_the_quantile_of_nothing_is_zero():
     assert quantile([], 0.5) == 0
 
 
-@pytest.mark.parametrize(("value", "words"), [(8840.2, "8,840"), (44.25, "44.2"), (0.5, "0.50"), (-1.5, "-1.50")])
+@pytest.mark.parametrize(
+    ("value", "words"), [(8840.2, "8,840"), (44.25, "44.2"), (0.5, "0.50"), (-1.5, "-1.50")]
+)
 def test_a_number_is_shown_with_three_digits(value, words):
     assert plain(value) == words
 

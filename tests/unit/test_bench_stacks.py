@@ -6,9 +6,10 @@ import pytest
 
 from bench.stacks import LOOP, by_owner, flame, owner, parse, readable
 
-START = "thread (7): MainThread;0x7f (libc.so.6);_run_code (<frozen runpy>:88);run (uvloop/__init__.py:92);uv_run (core.c:452)"
+START = "thread (7): MainThread;0x7f (libc.so.6);_run_code (<frozen runpy>:88);run (uvloop/__init__.py:92)"
+ORJSON = "orjson/orjson.cpython-311-x86_64-linux-gnu.so"
 SAMPLES = f"""\
-{START};Handle__run (loop.c:70959);Lifecycle.run (gateway/lifecycle.py:65);dumps (orjson/orjson.cpython-311-x86_64-linux-gnu.so) 3
+{START};Handle__run (loop.c:70959);Lifecycle.run (gateway/lifecycle.py:65);dumps ({ORJSON}) 3
 {START};Handle__run (loop.c:70959);Lifecycle.run (gateway/lifecycle.py:65);write (loop.c:110189);write (libc.so.6) 2
 {START};uv__io_poll (linux.c:9);epoll_wait (libc.so.6) 4
 {START};Handle__run (loop.c:1);start (aiohttp/web_protocol.py:5);_PyEval (ceval.c:3) 1
@@ -33,7 +34,10 @@ def test_each_sample_has_one_owner():
 @pytest.mark.parametrize(
     ("stack", "whose"),
     [
-        (("handle aiohttp/web.py", "run gateway/a.py", "add billing/b.py", "dumps json/__init__.py"), "billing/b.py"),
+        (
+            ("handle aiohttp/web.py", "run gateway/a.py", "add billing/b.py", "dumps json/__init__.py"),
+            "billing/b.py",
+        ),
         (("emit logging/__init__.py",), "logging"),
         ((LOOP, "[uvloop]"), LOOP),
     ],
