@@ -167,7 +167,7 @@ def ratios(samples: Samples, measure: str) -> list[str]:
 
 
 def _cell(spread: Spread | None) -> str:
-    return f"{plain(spread.median)} ({plain(spread.least)}-{plain(spread.most)})" if spread else "-"
+    return str(spread) if spread else "-"
 
 
 def _ratio_cell(spread: Spread | None) -> str:
@@ -175,7 +175,7 @@ def _ratio_cell(spread: Spread | None) -> str:
         return "-"
     if spread.median < 0.1:
         return f"1/{1 / spread.median:.0f}" if spread.median > 0 else "0"
-    return f"{spread.median:.2f} ({spread.least:.2f}-{spread.most:.2f})"
+    return str(spread)
 
 
 def picture_name(question: Question, measure: str) -> str:

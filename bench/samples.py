@@ -34,6 +34,11 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(statistics.median(values), min(values), max(values), len(values))
 
+    def __str__(self) -> str:
+        """As a cell of a table: median (least-most)."""
+        between = " to " if self.least < 0 else "-"
+        return f"{plain(self.median)} ({plain(self.least)}{between}{plain(self.most)})"
+
 
 class Samples:
     """The samples of one question, to be asked for."""

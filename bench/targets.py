@@ -7,7 +7,7 @@ from typing import Literal
 from bench import chunk, latency, memory, request, routing
 from bench.arms import OURS
 from bench.question import Finding
-from bench.samples import Spread, plain
+from bench.samples import Spread
 
 Verdict = Literal["met", "not met", "not measured"]
 ROUNDS_ASKED = 5
@@ -56,7 +56,7 @@ class Target:
             return "-"
         if self.at_most < 0.1 and self.against and spread.median > 0:
             return f"1/{1 / spread.median:.0f}"
-        return f"{plain(spread.median)} ({plain(spread.least)}-{plain(spread.most)})"
+        return str(spread)
 
 
 PACED_DELAY = chunk.ADDED.format("p99")

@@ -57,6 +57,11 @@ def test_a_number_is_shown_with_three_digits(value, words):
     assert plain(value) == words
 
 
+def test_a_spread_below_zero_can_be_read():
+    assert str(Spread.of([1.0, 2.0, 3.0])) == "2.00 (1.00-3.00)"
+    assert str(Spread.of([-1.0, -2.0, -3.0])) == "-2.00 (-3.00 to -1.00)"
+
+
 def test_each_round_has_every_arm_and_rounds_differ_in_their_order():
     orders = [order for _, order in rounds_of(list("abcdef"), 5)]
     assert all(sorted(order) == list("abcdef") for order in orders)
