@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 py = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help up engine test engine-test browser browser-test soak lint bench clean venv install install-test
+.PHONY: help up engine test engine-test browser browser-test soak lint bench bench-peers clean venv install install-test
 
 help: ## list the targets
 	@echo 'poolgate: one OpenAI-compatible endpoint over a pool of GPU hosts'
@@ -54,9 +54,11 @@ lint: install-test ## ruff (rules and format) and mypy --strict
 	@$(py) -m ruff format --check .
 	@$(py) -m mypy
 
-bench: install-test ## measure what a request and its money cost and write bench/RESULTS.md (about 15 minutes)
-	@$(py) -m bench.cost $(ARGS)
-	@exec $(py) -m bench.money $(ARGS)
+bench: install-test bench-peers ## measure what requests and streams cost, peers too, and write bench/RESULTS.md (about 45 minutes)
+	@exec $(py) -m bench $(ARGS)
+
+bench-peers: install-test ## install what poolgate is measured beside into .bench/, and nginx and h2load with apt-get (as root)
+	@exec $(py) -m bench.peers
 
 clean: ## remove caches and build products (keeps $(VENV) and data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

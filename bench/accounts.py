@@ -10,8 +10,23 @@ from typing import Any
 import asyncpg
 
 from billing.ledger import AccountRef, Ledger, Transfer
+from billing.money import NANO
 from config.ids import uuid7
 from gateway.identity.secrets import display_prefix, hash_secret, new_secret
+
+HIGH: dict[str, Any] = {
+    "key_limits": {"requests_minute": 10_000_000, "tokens_minute": 10**10, "concurrency": 100_000},
+    "account_limits": {"requests_day": 10**10},
+    "tier_limits": {"requests_minute": 20_000_000, "tokens_day": 10**12},
+}
+"""Limits of every kind that are kept by blocks, and never reached."""
+
+BUDGETS: dict[str, Any] = {
+    "key_budget": ("day", 10**6 * NANO), "account_budget": ("month", 10**6 * NANO),
+}  # fmt: skip
+"""One of the key and one of its account, never reached."""
+
+LARGE_NANO = 10_000 * NANO
 
 CREDITS_MAX = 5_000
 """Top-ups in one transaction, below any statement time-out."""

@@ -10,13 +10,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle
+from itertools import count, cycle
+from random import randrange
 from time import perf_counter  # uvloop tells whole milliseconds
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httptools
 import uvloop
+
+from bench.bodies import NUMBER
+from bench.samples import quantile
+from bench.stamps import ages_ms
 
 Verdict = Literal["whole", "refused", "error_event", "cut", "reset", "silent"]
 """How a request ended for its client: `refused` is an HTTP error, or an error event before any other; `error_event` one
@@ -29,13 +34,14 @@ STARTED_TOGETHER_MAX = 200
 
 @dataclass(slots=True)
 class Answer:
-    """What came back for one request. Times are seconds since it was sent."""
+    """What came back for one request. Times are seconds since it was sent; `first_s` is that of the body's first byte."""
 
     status: int = 0
     body: bytes = b""
     is_ended: bool = False
     gave_up: bool = False
     seconds: float = 0.0
+    first_s: float = 0.0
     local_port: int = 0
 
     @property
@@ -62,20 +68,22 @@ class Answer:
 
 
 class Client(asyncio.Protocol):
-    """One connection, one request at a time; it connects again when it has to."""
+    """One connection, one request at a time; it connects again when it has to. `ages` takes those of stamped chunks."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, ages: list[float] | None = None) -> None:
         self._host, self._port = host, port
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._answered: asyncio.Future[None] | None = None
         self._answer = Answer()
         self._parts: list[bytes] = []
+        self._ages = ages
+        self._started_s = 0.0
         self.local_port = 0
 
     async def ask(self, request: bytes, give_up_s: float = GIVE_UP_S) -> Answer:
         """Send it; whatever happens comes back as an answer."""
-        started_s = perf_counter()
+        self._started_s = perf_counter()
         self._answer, self._parts = Answer(), []
         self._answered = self._loop.create_future()
         timer = self._loop.call_later(give_up_s, self._give_up)
@@ -90,7 +98,7 @@ class Client(asyncio.Protocol):
         finally:
             timer.cancel()
         self._answer.body = b"".join(self._parts)
-        self._answer.seconds = perf_counter() - started_s
+        self._answer.seconds = perf_counter() - self._started_s
         return self._answer
 
     def close(self) -> None:
@@ -103,6 +111,8 @@ class Client(asyncio.Protocol):
         self.local_port = transport.get_extra_info("sockname")[1]
 
     def data_received(self, data: bytes) -> None:
+        if self._ages is not None:
+            self._ages += ages_ms(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -115,6 +125,8 @@ class Client(asyncio.Protocol):
         self._answer.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
+        if not self._parts:
+            self._answer.first_s = perf_counter() - self._started_s
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
@@ -137,7 +149,7 @@ class Client(asyncio.Protocol):
 class Job:
     """A load. With `rate` requests start at even times whatever becomes of the earlier ones, else each connection sends
     its next one when it has its answer. `keys`: one request each, in turn, instead of all by `key`. `events`: chunks that
-    a whole stream must have."""
+    a whole stream must have. `stamped`: chunks carry stamps (`bench.stamps`). A body may be numbered (`bench.bodies`)."""
 
     url: str
     path: str = "/v1/chat/completions"
@@ -148,12 +160,14 @@ class Job:
     requests: int = 1
     rate: float = 0.0
     events: int | None = None
+    stamped: bool = False
     give_up_s: float = GIVE_UP_S
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a job came to. Latencies are those of whole answers, milliseconds."""
+    """What a job came to, in milliseconds: whole answers, the first byte of a stream's body, the age of a stamped chunk when
+    it came. `ages` counts the stamps."""
 
     verdicts: dict[str, int]
     statuses: dict[str, int]
@@ -162,6 +176,11 @@ class Outcome:
     seconds: float
     p50_ms: float
     p99_ms: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    age_p50_ms: float
+    age_p99_ms: float
+    ages: int
 
 
 def request_bytes(job: Job) -> bytes:
@@ -178,11 +197,14 @@ def request_bytes(job: Job) -> bytes:
 
 def requests_of(job: Job) -> Iterator[bytes]:
     """One after the other, without end."""
-    if not job.keys:
-        return cycle((request_bytes(job),))
-    mark = "-the-key-"
-    before, after = request_bytes(replace(job, key=mark)).split(mark.encode())
-    return (before + key.encode() + after for key in cycle(job.keys))
+    mark = b"-the-key-"
+    before, after = request_bytes(replace(job, key=mark.decode())).split(mark)
+    keys = cycle(key.encode() for key in job.keys or (job.key,))
+    start, is_numbered, end = after.partition(NUMBER.encode())
+    if is_numbered:
+        numbers = count(randrange(10**8))
+        return (b"%b%b%b%08d%b" % (before, next(keys), start, next(numbers) % 10**8, end) for _ in count())
+    return (before + key + after for key in keys) if job.keys else cycle((request_bytes(job),))
 
 
 async def run(job: Job) -> Outcome:
@@ -191,7 +213,8 @@ async def run(job: Job) -> Outcome:
     host, port = parts.hostname or "", parts.port or 80
     requests = requests_of(job)
     tally = Tally(job.events)
-    clients = [Client(host, port) for _ in range(job.connections)]
+    ages = tally.ages if job.stamped else None
+    clients = [Client(host, port, ages) for _ in range(job.connections)]
     started_s = perf_counter()
     if job.rate:
         await _at_rate(job, clients, requests, tally)
@@ -226,9 +249,10 @@ async def _at_rate(job: Job, clients: list[Client], requests: Iterator[bytes], t
 
     async def one(due_s: float) -> None:
         client = idle.pop() if idle else Client(host, port)
-        late_s = perf_counter() - due_s
+        late_s = max(0.0, perf_counter() - due_s)
         answer = await client.ask(next(requests), job.give_up_s)
-        answer.seconds += max(0.0, late_s)
+        answer.seconds += late_s
+        answer.first_s += late_s
         idle.append(client)
         tally.add(answer)
 
@@ -252,6 +276,8 @@ class Tally:
         self._events = 0
         self._wrong_length = 0
         self._latencies: list[float] = []
+        self._ttfts: list[float] = []
+        self.ages: list[float] = []
 
     def add(self, answer: Answer) -> None:
         verdict = answer.verdict
@@ -262,17 +288,16 @@ class Tally:
             self._wrong_length += self._expected is not None and answer.events != self._expected
         if verdict == "whole":
             self._latencies.append(answer.seconds * 1000)
+            if answer.is_stream:
+                self._ttfts.append(answer.first_s * 1000)
 
     def outcome(self, seconds: float) -> Outcome:
-        self._latencies.sort()
         return Outcome(
             dict(self._verdicts), dict(self._statuses), self._events, self._wrong_length, seconds,
-            _quantile(self._latencies, 0.5), _quantile(self._latencies, 0.99),
+            p50_ms=quantile(self._latencies, 0.5), p99_ms=quantile(self._latencies, 0.99),
+            ttft_p50_ms=quantile(self._ttfts, 0.5), ttft_p99_ms=quantile(self._ttfts, 0.99),
+            age_p50_ms=quantile(self.ages, 0.5), age_p99_ms=quantile(self.ages, 0.99), ages=len(self.ages),
         )  # fmt: skip
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 async def _serve() -> None:

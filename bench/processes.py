@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import asyncpg
 import psutil
 
+from bench.bodies import MODEL
 from bench.load import Job, Outcome
 from billing.money import NANO
 from config.defaults import Settings
@@ -33,7 +34,6 @@ from nodes.heartbeats import NodeStore
 from nodes.protocol import EngineReport, Heartbeat, ModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = "smollm2-135m"
 START_S = 60.0
 STOP_S = 60.0
 POLL_S = 0.02
@@ -189,12 +189,6 @@ class LoadProcess:
         line = await self._process.stdout.readline()
         assert line, "the load generator ended"
         return Outcome(**json.loads(line))
-
-
-def cpu_s(processes: Sequence[psutil.Process]) -> float:
-    """CPU time so far, user and system, of these processes."""
-    times = [process.cpu_times() for process in processes]
-    return sum(time.user + time.system for time in times)
 
 
 def memory_bytes(process: psutil.Process) -> tuple[int, int]:

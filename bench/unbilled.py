@@ -21,9 +21,10 @@ from config.ids import uuid7
 from gateway import worker
 
 BOUND = Bound(
-    prompt_tokens=0, output_tokens=16, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=0
+    prompt_tokens=100_000, output_tokens=4096, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=0
 )  # fmt: skip
-"""What every request is taken for: an answer of 16 tokens, as the benchmark's are, or the relay would cut it."""
+"""What every request is taken for: more than any of the benchmarks'. Past its bound an answer would be cut, and what an
+engine counted would be doubted in a warning for each turn."""
 
 
 class Free:

@@ -36,23 +36,28 @@ async def serve(config: EngineConfig) -> None:
     engine = Engine(config, knobs, loop)
     engine.record.keeps_bodies = config.record_bodies or knobs.record_bodies
     listener = socket.create_server((config.host, config.port), backlog=BACKLOG)
-    server = await loop.create_server(lambda: Connection(engine), sock=listener, backlog=BACKLOG)
+    port = listener.getsockname()[1]
+    listeners = [listener, *(socket.create_server((host, port), backlog=BACKLOG) for host in config.also)]
+    servers = [
+        await loop.create_server(lambda: Connection(engine), sock=sock, backlog=BACKLOG) for sock in listeners
+    ]
     stopped = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, lambda: _terminate(engine, server, stopped))
+    loop.add_signal_handler(signal.SIGTERM, lambda: _terminate(engine, servers, stopped))
     loop.add_signal_handler(signal.SIGINT, stopped.set)
-    print(json.dumps({"port": listener.getsockname()[1], "pid": os.getpid()}), flush=True)
+    print(json.dumps({"port": port, "pid": os.getpid()}), flush=True)
     await stopped.wait()
     os._exit(0)
 
 
-def _terminate(engine: Engine, server: asyncio.Server, stopped: asyncio.Event) -> None:
+def _terminate(engine: Engine, servers: list[asyncio.Server], stopped: asyncio.Event) -> None:
     """What SIGTERM does is a knob: the real engine was seen to do all of these."""
     knobs = engine.knobs
     how = "drain" if engine.config.shutdown_timeout_s and knobs.sigterm == "exit" else knobs.sigterm
     if how == "exit":
         stopped.set()
     elif how == "stall":
-        server.close()
+        for server in servers:
+            server.close()
         knobs.paused = True
         _stop_when(engine, stopped, lambda: engine.in_flight == 0)
     elif how == "error":

@@ -18,6 +18,7 @@ from bench.fake_engine.surface import (
     whole_usage,
 )
 from bench.fake_engine.wire import DONE
+from bench.stamps import stamp
 
 _PLAIN_TAIL = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
@@ -63,6 +64,8 @@ class Chat:
         if answer.tool is not None:
             call = {"index": 0, "function": {"arguments": orjson.loads(b'"%b"' % text)}}
             return self._tool_event(choice, call, stop)
+        if self.ask.stamped:
+            text = stamp()
         if self._is_plain:
             return b"%b%b%b" % (self._heads[choice], text, _PLAIN_TAIL)
         return b'%b%b"},"logprobs":%b,"finish_reason":null,"token_ids":null}]%b}\n\n' % (

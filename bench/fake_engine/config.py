@@ -14,6 +14,7 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     host: str
+    also: tuple[str, ...]
     port: int
     models: tuple[str, ...]
     root: str
@@ -50,6 +51,7 @@ def parse_flags(argv: Sequence[str], environ: dict[str, str]) -> EngineConfig:
         known = parser.parse_args(argv)
     return EngineConfig(
         host=known.host,
+        also=tuple(known.also),
         port=known.port,
         models=tuple(known.served_model_name or [known.model]),
         root=known.root,
@@ -86,6 +88,9 @@ def _knobs(known: argparse.Namespace, environ: dict[str, str]) -> dict[str, Any]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.fake_engine", description=__doc__, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="HOST", help="more addresses, on the same port"
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the system picks one; printed as a JSON line")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--served-model-name", nargs="+")

@@ -156,6 +156,7 @@ def _understand(engine: "Engine", request: "Request", required: str, prefix: str
         fingerprint=engine.fingerprint,
         details=config.prompt_tokens_details,
         metrics=config.per_request_metrics,
+        stamped=knobs.stamped,
         prompts=[prompt if isinstance(prompt, str) else "" for prompt in given],
         prompt_counts=counts,
     )

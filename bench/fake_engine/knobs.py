@@ -68,6 +68,7 @@ class Knobs:
     auto_tool: bool = False  # tool_choice auto calls the first tool instead of talking
     prompt_tokens: int | None = None  # count to report instead of bytes/4 + 30
     merge: int = 1  # tokens a chunk
+    stamped: bool = False  # a chat chunk's text is the moment at which it was made (see `stamps`)
     textless_every: int = 0  # every k-th token has no text: usage counts it, no chunk shows it
     # How fast.
     lockstep: int | None = None  # a stream writes so many events, then one for each POST /_fake/go; no pace
@@ -76,6 +77,9 @@ class Knobs:
     pace_ms: float = 0.0
     pace_per_running_ms: float = 0.0  # added for each running request: a batch slows down as it grows
     jitter: float = 0.0  # share of the pace, either way
+    phase_ms: float = (
+        0.0  # a stream's first token waits up to so long more, so that streams don't beat together
+    )
     keep_alive_ms: float = 5000.0  # idle connections are closed after this, as uvicorn does
     sse_keep_alive_ms: float = 0.0  # `: keep-alive` comments while a stream waits for its first event
     # Limits.

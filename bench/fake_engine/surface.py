@@ -28,6 +28,7 @@ class Ask:
     fingerprint: bytes = b""
     details: bool = False
     metrics: bool = False
+    stamped: bool = False
     prompts: list[str] = field(default_factory=list)
     prompt_counts: list[int] = field(default_factory=list)  # tokens of each
 

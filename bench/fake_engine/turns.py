@@ -86,6 +86,8 @@ class Turn:
         self.timing.started = now
         fresh = self.ask.prompt_tokens - self.ask.cached_tokens
         wait_ms = knobs.ttft_ms + knobs.ttft_per_1k_ms * fresh / 1000
+        if knobs.phase_ms:
+            wait_ms += knobs.phase_ms * random.random()
         self._due = now + wait_ms / 1000
         if wait_ms:
             self.engine.wheel.at(self._due, self.step)
