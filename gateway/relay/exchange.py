@@ -132,9 +132,12 @@ def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: i
             if down.is_full:
                 connection.pause()
                 connection.poke()
-        if tap.tokens.completion > tokens_max * (ESTIMATE_SLACK if tap.tokens.estimated else 1):
-            tokens_max = delivery.covers(tap.tokens)
-            if tap.tokens.completion > tokens_max and tap.error is None:
+        tokens = tap.tokens
+        if tokens.completion > tokens_max and (
+            not tokens.estimated or tokens.completion > tokens_max * ESTIMATE_SLACK
+        ):
+            tokens_max = delivery.covers(tokens)
+            if tokens.completion > tokens_max and tap.error is None:
                 tap.error = OVERRUN
         if tap.is_done or tap.error is not None or tap.pending_bytes > event_bytes_max:
             connection.poke()

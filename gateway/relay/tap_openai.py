@@ -8,10 +8,15 @@ from typing import Any
 
 import orjson
 
-from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens
+from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens, without_usage
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
+_PLAIN = b'data: {"id":'
+_PLAIN_USAGE = re.compile(
+    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+,"completion_tokens":(\d{1,12})(?:,"[a-z_]+":null)*\}\}\n\n'
+)
+_UNFINISHED = b'"finish_reason":null'
 _FINISH = b'"finish_reason":"'
 _NO_CHOICES = b'"choices":[]'
 _DONE = b"data: [DONE]"
@@ -21,7 +26,7 @@ class OpenAITap:
     """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
 
     __slots__ = (
-        "_asked", "_choices", "_has_counts", "_has_last_word", "_per_choice", "_prompts", "_tail", "_terminal",
+        "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts", "_tail", "_terminal",
         "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
     )  # fmt: skip
 
@@ -47,6 +52,7 @@ class OpenAITap:
         self._prompts = prompts
         self._per_choice: dict[int, tuple[int, int]] = {}
         self._has_counts = False
+        self._is_plain = False  # pieces may be looked at by `_plain_event`
         self._has_last_word = False
         self._tail = b""
         self._terminal = b""
@@ -62,6 +68,8 @@ class OpenAITap:
     def feed(self, data: bytes) -> bytes:
         if self.error is not None or self.is_done:
             return b""
+        if self._is_plain and (plain := self._plain_event(data)) is not None:
+            return plain
         data = self._tail + data if self._tail else data
         end = data.rfind(b"\n\n") + 2
         if end == 1:
@@ -74,10 +82,28 @@ class OpenAITap:
         self.finishes += whole.count(_FINISH)
         return self._count(whole)
 
+    def _plain_event(self, data: bytes) -> bytes | None:
+        """The usual piece: one event in the middle of an answer, with a count, which is kept and taken out. None: another.
+
+        With bare quotes, `"finish_reason":null` is the event's own, and so is the last `,"usage":{`.
+        """
+        at = data.rfind(b',"usage":{')
+        if at < 0 or not data.startswith(_PLAIN) or data.find(b"\n\n") != len(data) - 2:
+            return None
+        match = _PLAIN_USAGE.fullmatch(data, at)
+        if match is None or _UNFINISHED not in data or self._tail:
+            return None
+        tokens = self.tokens
+        tokens.prompt, tokens.completion = int(match[1]), int(match[2])
+        return data[:at] + b"}\n\n"
+
     def _ends(self, whole: bytes) -> bytes:
-        """The rare batch with an end in it, event by event: returns the ordinary events, which go out now."""
-        ordinary = []
-        for event in whole.split(b"\n\n"):
+        """The rare batch with an end in it, from there on event by event: returns the ordinary events, which go out now."""
+        first = min(at for mark in (ERROR, _NO_CHOICES, _DONE) if (at := whole.find(mark)) >= 0)
+        before = whole.rfind(b"\n\n", 0, first)
+        begins = 0 if before < 0 else before + 2
+        ordinary = [whole[:begins]]
+        for event in whole[begins:].split(b"\n\n"):
             if event.startswith(ERROR):
                 self.error = error_body(event[6:])
                 break
@@ -90,6 +116,7 @@ class OpenAITap:
                 tokens = usage_tokens(match) if match else tokens_of(orjson.loads(event[6:]).get("usage"))
                 self.tokens = tokens or self.tokens
                 self._has_last_word = self._has_counts = tokens is not None
+                self._is_plain = False
                 if self._wants_usage:
                     self._terminal += event + b"\n\n"
             elif event:
@@ -108,12 +135,13 @@ class OpenAITap:
             if not self._has_counts:
                 self._has_counts, self.tokens = True, Tokens()  # from here on nothing is estimated
                 self._asked = None
+                self._is_plain = self._choices == 1 and not self._wants_every
             if self._choices > 1:
                 self._count_each(whole)
             else:
                 self.tokens.prompt = int(match[1])
                 self.tokens.completion = int(match[2] or 0)
-        return whole if at < 0 or self._wants_every else USAGE.sub(b"", whole)
+        return whole if at < 0 or self._wants_every else without_usage(whole)
 
     def _count_oddly(self, event: bytes) -> bytes:
         """Usage that is not written as vLLM writes it: the event is decoded."""

@@ -6,6 +6,7 @@ It owns sockets and bytes on the engine's side; what the bytes mean is `gateway.
 
 import asyncio
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -40,8 +41,9 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_over", "_parser", "_pool", "_sink", "_watcher", "buffered",
-        "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status", "transport", "turns",
+        "_come", "_is_between_chunks", "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_over", "_parser", "_pool",
+        "_sink", "_watcher", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status",
+        "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
@@ -61,6 +63,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = 0
         self.parts: list[bytes] = []
         self.buffered = 0
+        self._come: list[bytes] = []  # of a stream, in what was read at once
+        self._is_between_chunks = False
         self.complete = True
         self.failure: UpstreamLost | None = None
         self.last_data_s = 0.0
@@ -74,6 +78,7 @@ class UpstreamConnection(asyncio.Protocol):
         for any news.
         """
         self.status = 0
+        self._is_between_chunks = False
         self._over = over
         self.parts.clear()
         self.buffered = 0
@@ -194,6 +199,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.close()  # bytes that nobody asked for: this connection can't be trusted with another turn
             return
         self.last_data_s = self._loop.time()
+        if self._is_between_chunks and self._sink is not None and (body := one_chunk(data)) is not None:
+            self._pass_on(body)
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
@@ -206,6 +214,20 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(UpstreamLost(f"the engine's answer is not HTTP: {type(error).__name__}"))
         except httptools.HttpParserUpgrade:
             self._fail(UpstreamLost("the engine answered with an upgrade"))
+        if self._come:
+            body = b"".join(self._come)
+            self._come.clear()
+            self._pass_on(body)
+
+    def _pass_on(self, body: bytes) -> None:
+        """To whoever reads the stream, in pieces as large as they came."""
+        if self._sink is None:
+            return
+        try:
+            self._sink(body)
+        except Exception:
+            log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
+            self._fail(UpstreamLost("the engine's answer could not be relayed"))
 
     def eof_received(self) -> bool:
         return False
@@ -240,7 +262,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if self._sink is not None:
-            self._sink(body)
+            self._come.append(body)
         else:
             self.parts.append(body)
             self.buffered += len(body)
@@ -250,7 +272,14 @@ class UpstreamConnection(asyncio.Protocol):
             if self._watcher is not None:
                 self._watcher()
 
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
+
     def on_message_complete(self) -> None:
+        self._is_between_chunks = False
         if self.status >= 200:
             self.complete = True
             if self._sink is None:
@@ -262,6 +291,20 @@ class UpstreamConnection(asyncio.Protocol):
                 self._over()
             else:
                 self.poke()
+
+
+CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
+
+
+def one_chunk(data: bytes) -> bytes | None:
+    """What is in it, if `data` is one whole chunk of a body, as most reads of a stream are; llhttp need not see those."""
+    match = CHUNK_HEAD.match(data)
+    if match is None:
+        return None
+    start, size = match.end(), int(match[1], 16)
+    if not size or len(data) != start + size + 2 or not data.endswith(b"\r\n"):
+        return None
+    return data[start:-2]
 
 
 class UpstreamPool:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from billing.limits.headers import NOTHING_TOLD, Told
 from config.defaults import Settings
 from gateway.relay.downstream import ClientGone
 from gateway.relay.exchange import Delivery, stream
@@ -26,7 +27,7 @@ class Client:
         self.is_started = self.is_full = False
         self.got: list[bytes] = []
 
-    def start(self, headers: Mapping[str, str]) -> None:
+    def start(self, headers: Mapping[str, str], told: Told) -> None:
         self.is_started = True
 
     def write(self, data: bytes) -> None:
@@ -42,12 +43,22 @@ class Engine(UpstreamConnection):
         self.complete, self.status, self.last_data_s = False, 200, self._loop.time()
 
     def says(self, count: int) -> None:
-        self.on_body(EVENT % (9 + count, count))
+        event = EVENT % (9 + count, count)
+        if self._sink is None:
+            self.on_body(event)
+        else:
+            self._pass_on(event)
 
 
 def delivery(client: Client, tap: OpenAITap, begun: list[bool]) -> Delivery:
     return Delivery(
-        tap, cast("Any", client), {}, lambda: begun.append(True), lambda tokens: tokens.completion, 100
+        tap,
+        cast("Any", client),
+        {},
+        NOTHING_TOLD,
+        lambda: begun.append(True),
+        lambda tokens: tokens.completion,
+        100,
     )
 
 
