@@ -42,7 +42,7 @@ class Ask:
     `tap` makes the filter of one attempt, for a stream; without it the engine is asked for one whole answer. `gathers`:
     the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
     request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the
-    price online (a batch's turns cost less). Nothing of it changes but `body`. (Frozen, it takes thrice as long to make.)
+    price online (a batch's turns cost less). Nothing of it changes but `body`, and that both go when a stream has begun. (Frozen, it takes thrice as long to make.)
     """
 
     route: str
@@ -100,6 +100,7 @@ class Turn:
         ):  # thousands of streams wait for their next token for minutes, each with its prompt
             self.sent = b""
             self.ask.body = {}
+            self.ask.tap = None
 
     def delivered(self, tokens: Tokens) -> None:
         """What is to be charged: what an engine counted, as far as it can be. No prompt is longer than its bound, and an
