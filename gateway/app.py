@@ -273,10 +273,10 @@ class Gateway:
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
+        self.door.drain()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
-        self.door.drain()
         if not await self._ended_within(self.settings.shutdown_grace_s):
             log.warning(
                 "%d turns outlive the grace and are cut",

@@ -36,7 +36,8 @@ class Head:
 
     `before` and `after` are the head's bytes around the digits of its length, by which the same head is known again with
     another length. What the edge finds out from the fields is kept here for requests with the same ones: `digest` of the key
-    that it presents, the route that it is `for_`, and `own_headers`, lines of each answer to it.
+    that it presents, the route that it is `for_`, `own_headers`, lines of each answer to it, and `body_bytes_max`, which
+    holds for the next body as well.
     """
 
     method: bytes
@@ -51,6 +52,7 @@ class Head:
     digest: bytes = field(repr=False, default=b"")
     for_: Any = None
     own_headers: str = ""
+    body_bytes_max: int = 0
 
     @property
     def is_plain_json(self) -> bool:
@@ -73,7 +75,7 @@ class Head:
         if end < 0 or not digits.isdigit() or not data.startswith(after, end):
             return None
         body = data[end + len(after) :]
-        return body if len(body) == int(digits) else None
+        return body if len(body) == int(digits) <= self.body_bytes_max else None
 
 
 def read_head(raw: bytes) -> Head | None:
