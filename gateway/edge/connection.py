@@ -231,6 +231,11 @@ class EdgeConnection(asyncio.Protocol):
         self._turn = None
         self._go_on(keep_alive=keep_alive)
 
+    def key_refused(self, head: Head) -> None:
+        """A turn's key was none."""
+        forwarded_for = head.fields.get(b"x-forwarded-for", b"").decode("latin-1")
+        self._door.refused_keys.add(self.transport, forwarded_for)
+
     def _go_on(self, *, keep_alive: bool) -> None:
         if not keep_alive:
             self._close()

@@ -10,6 +10,7 @@ from gateway.edge.cors import Cors
 from gateway.edge.handover import ClientProtocol
 from gateway.edge.head import Head
 from gateway.edge.refusals import new_request_id, refusal
+from gateway.edge.refused import RefusedKeys
 from gateway.edge.turns import EdgeTurns
 from gateway.errors import ApiError
 from gateway.relay.downstream import head_bytes
@@ -32,11 +33,13 @@ class Door:
         turns: EdgeTurns,
         handler: Callable[[], ClientProtocol],
         cors: Cors,
+        refused_keys: RefusedKeys,
         metrics: Metrics,
     ) -> None:
         """`handler` makes aiohttp's part of a connection."""
         self.settings = settings
         self.turns = turns
+        self.refused_keys = refused_keys
         self.handler = handler
         # Those whose handshake is under way and those whose last answer is still being read are among them.
         self.connections: set[EdgeConnection] = set()

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HEAD = re.compile(
-    rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) ([!-~]+) HTTP/1\.([01])\r\n"
+    rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) (/[!-~]*|\*) HTTP/1\.([01])\r\n"
     rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
 
 LENGTH_DIGITS_MAX = 15
 LENGTH = re.compile(rb"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 
-FRAMED_OTHERWISE = frozenset({b"transfer-encoding", b"expect", b"trailer"})
-"""Where one of these stands, a request may not end where its length says, or its answer not be one answer."""
+NOT_PLAIN = frozenset({b"transfer-encoding", b"expect", b"trailer", b"proxy-connection"})
+"""Where one of these stands, a request may not end where its length says, its answer not be one answer, or its connection
+not go on: llhttp takes `proxy-connection` for `connection`."""
 
 CONNECTION_OPTIONS = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
 """What may stand in `connection`. An upgrade to anything but a websocket is not offered, and so it is ignored."""
@@ -91,7 +92,7 @@ def read_head(raw: bytes) -> Head | None:
     for line in lines:
         name, _, value = line.partition(b":")
         fields[name.lower()] = value.strip(b" \t")
-    if len(fields) < len(lines) or not fields.get(b"host") or not FRAMED_OTHERWISE.isdisjoint(fields):
+    if len(fields) < len(lines) or not fields.get(b"host") or not NOT_PLAIN.isdisjoint(fields):
         return None
     length = fields.get(b"content-length", b"0")
     options = {option.strip() for option in fields.get(b"connection", b"keep-alive").lower().split(b",")}

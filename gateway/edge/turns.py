@@ -33,6 +33,10 @@ class Connection(ClientConnection, Protocol):
         """The answer was sent, or broke off; another request may come only with `keep_alive`."""
         ...
 
+    def key_refused(self, head: Head) -> None:
+        """The request with this head came without a valid key."""
+        ...
+
 
 class EdgeTurns:
     """Begins turns. `routes` decodes the body of each path that it serves; `is_draining` asks clients to go elsewhere."""
@@ -190,6 +194,8 @@ class EdgeTurn:
     # --- saying no ------------------------------------------------------------------------------------------------
 
     def _refuse(self, error: ApiError) -> None:
+        if isinstance(error, InvalidApiKey):
+            self._connection.key_refused(self._head)
         status, headers, body = refusal(error, "openai", self.request_id, self._turns.metrics)
         self._down.answer(status, headers, body)
         self._connection.answered(self, keep_alive=self._down.keep_alive)
