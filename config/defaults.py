@@ -76,6 +76,10 @@ class Settings:
         "",
         "origins whose pages may read answers, comma separated, or `*`; empty: none, as keys belong on servers",
     )
+    trusted_proxies: str = knob(
+        "",
+        "networks of the proxies in front, comma separated: only what they add to X-Forwarded-For is believed",
+    )
     answer_bytes_max: int = knob(
         64 * 2**20,
         "largest answer of an engine that is not a stream (logprobs of n answers are the largest)",

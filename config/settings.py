@@ -130,6 +130,7 @@ _RULES: tuple[_Rule, ...] = (
     _text("probe_host", bool, "an address; 0.0.0.0 is every one"),
     _text("data_dir", bool, "the path of a folder"),
     _text("currency", lambda text: bool(re.fullmatch("[A-Z]{3}", text)), "three capital letters (ISO 4217)"),
+    _text("trusted_proxies", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),
     _text("node_networks", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),
     _text(
         "database_url", lambda url: not url or url.startswith(("postgresql://", "postgres://")),

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from gateway.edge.cors import Cors
 from gateway.edge.door import Door
 from gateway.edge.handover import ClientProtocol
 from gateway.edge.refusals import bad_request_handler, edge
+from gateway.edge.refused import RefusedKeys
 from gateway.edge.turns import EdgeTurns
 from gateway.health import Health
 from gateway.idempotent import KeyedTurns
@@ -190,6 +192,7 @@ class Gateway:
         app[services.HEALTH] = self.health
         app[services.METRICS] = self.metrics
         app[services.CORS] = Cors(settings)
+        app[services.REFUSED_KEYS] = RefusedKeys(settings, time.monotonic)
         pages = docs.ApiDocs()
         route_sets = (*ROUTES, pages.routes)
         pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
@@ -235,8 +238,9 @@ class Gateway:
             keyed_turns=self.keyed_turns, metrics=self.metrics, is_draining=lambda: self.health.is_draining,
         )  # fmt: skip
         self.door = Door(
-            settings, turns=turns, handler=handler, cors=app[services.CORS], metrics=self.metrics
-        )
+            settings, turns=turns, handler=handler, cors=app[services.CORS],
+            refused_keys=app[services.REFUSED_KEYS], metrics=self.metrics,
+        )  # fmt: skip
         self._begin(self.door.run())
         self.acceptor = Acceptor(
             sock,
@@ -273,10 +277,10 @@ class Gateway:
     async def stop(self) -> None:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
+        self.door.drain()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
-        self.door.drain()
         if not await self._ended_within(self.settings.shutdown_grace_s):
             log.warning(
                 "%d turns outlive the grace and are cut",

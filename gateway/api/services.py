@@ -6,6 +6,7 @@ from billing.prices import PriceBook
 from config.defaults import Settings
 from config.metrics import Metrics
 from gateway.edge.cors import Cors
+from gateway.edge.refused import RefusedKeys
 from gateway.health import Health
 from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
@@ -27,6 +28,7 @@ LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)
 CORS = web.AppKey("cors", Cors)
+REFUSED_KEYS = web.AppKey("refused_keys", RefusedKeys)
 METRICS = web.AppKey("metrics", Metrics)
 
 REQUEST_ID = web.RequestKey("request_id", str)

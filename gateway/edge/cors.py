@@ -1,5 +1,7 @@
 """Browsers of other origins (setting `cors_origins`): which may read answers, and what they are told. Pure."""
 
+import re
+
 from config.defaults import Settings
 from gateway.relay.downstream import lines_of
 
@@ -17,6 +19,10 @@ PREFLIGHT = {
 """What an OPTIONS that asks for permission is told beside the origin and the headers that it asked for."""
 
 
+VISIBLE = re.compile(r"[ -~]+")
+"""What of a request may stand in its answer: with `*` for origins, anybody's bytes would."""
+
+
 class Cors:
     """The origins that are allowed; none by default, since keys belong on servers."""
 
@@ -25,7 +31,9 @@ class Cors:
 
     def allows(self, origin: str | None) -> bool:
         """May a page of `origin` read answers?"""
-        return origin is not None and ("*" in self._origins or origin in self._origins)
+        if origin is None or VISIBLE.fullmatch(origin) is None:
+            return False
+        return "*" in self._origins or origin in self._origins
 
     def fields(self, origin: str | None) -> dict[str, str]:
         """Headers of an answer to `origin`: no cookies are used here, so credentials are never allowed."""

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 from config.defaults import Settings
 from config.metrics import Metrics
-from gateway.edge.connection import NEVER, EdgeConnection
+from gateway.edge.connection import EdgeConnection
 from gateway.edge.cors import Cors
 from gateway.edge.handover import ClientProtocol
 from gateway.edge.head import Head
 from gateway.edge.refusals import new_request_id, refusal
+from gateway.edge.refused import RefusedKeys
 from gateway.edge.turns import EdgeTurns
 from gateway.errors import ApiError
 from gateway.relay.downstream import whole_head
@@ -19,7 +20,11 @@ TICK_S = 0.5
 
 
 class Door:
-    """Makes connections, each of which asks it for what it needs. `now_s` is the loop's time, at most TICK_S old."""
+    """Makes connections, each of which asks it for what it needs.
+
+    `now_s` is the loop's time, at most TICK_S old. `first_s` is what a new connection has for its first request's head,
+    `idle_s` what one that was answered has until the next one begins.
+    """
 
     def __init__(
         self,
@@ -28,21 +33,32 @@ class Door:
         turns: EdgeTurns,
         handler: Callable[[], ClientProtocol],
         cors: Cors,
+        refused_keys: RefusedKeys,
         metrics: Metrics,
     ) -> None:
         """`handler` makes aiohttp's part of a connection."""
         self.settings = settings
         self.turns = turns
+        self.refused_keys = refused_keys
         self.handler = handler
+        # Those whose handshake is under way and those whose last answer is still being read are among them.
         self.connections: set[EdgeConnection] = set()
+        self.first_s = settings.head_timeout_s
         self.idle_s = settings.client_idle_s
-        self.now_s = asyncio.get_running_loop().time()
+        self.time = asyncio.get_running_loop().time
+        self.now_s = self.time()
         self._cors = cors
         self._metrics = metrics
 
     def __call__(self) -> EdgeConnection:
-        """A new connection (asyncio's protocol factory)."""
-        return EdgeConnection(self)
+        """A new connection (asyncio's protocol factory).
+
+        With TLS it is made before the handshake. One that fails is not told to anybody, so it is forgotten when it is late.
+        """
+        connection = EdgeConnection(self)
+        connection.ends_s = self.time() + self.settings.tls_handshake_s
+        self.connections.add(connection)
+        return connection
 
     def takes(self, head: Head) -> bool:
         """Whether this is a request for a turn that the edge serves itself; what it learns of it is kept in the head."""
@@ -50,8 +66,10 @@ class Door:
         if route is None or not head.is_plain_json or head.body_bytes > self.settings.body_bytes_max:
             return False
         head.for_ = route
+        head.body_bytes_max = self.settings.body_bytes_max
         origin = head.fields.get(b"origin")
         head.own_lines = self._cors.lines(None if origin is None else origin.decode("latin-1"))
+        head.slim()
         return True
 
     def refusal(self, error: ApiError) -> bytes:
@@ -62,16 +80,20 @@ class Door:
 
     async def run(self) -> None:
         """Keep the time until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK_S)
-            now_s = self.now_s = loop.time()
-            for connection in [each for each in self.connections if each.ends_s <= now_s]:
-                connection.time_out()
+            self.tick()
+
+    def tick(self) -> None:
+        """End what is late."""
+        now_s = self.now_s = self.time()
+        for connection in [each for each in self.connections if each.ends_s <= now_s]:
+            connection.time_out()
 
     def drain(self) -> None:
         """The worker ends: answers close their connections, and those without a request have a little time to bring one."""
-        self.idle_s = self.settings.drain_idle_s
+        self.first_s = self.idle_s = self.settings.drain_idle_s
+        self.now_s = self.time()
         ends_s = self.now_s + self.settings.drain_idle_s
         for connection in self.connections:
             if connection.is_idle:
@@ -79,10 +101,11 @@ class Door:
 
     @property
     def is_idle(self) -> bool:
-        """Nobody may bring a request any more, and nobody waits for one to be taken."""
-        return not any(connection.ends_s < NEVER for connection in self.connections)
+        """Nobody may bring a request any more, waits for an answer, or has yet to read one."""
+        return not self.connections
 
     def close(self) -> None:
         """End all that are left."""
         for connection in list(self.connections):
-            connection.transport.abort()
+            if connection.transport is not None:
+                connection.transport.abort()

@@ -1,13 +1,13 @@
 """aiohttp's part of a client's connection: it gets what the edge does not serve itself, one request at a time.
 
-For a request whose end is known aiohttp's handler is new, has the connection for itself as far as it can see (`Lent`), and
-is done when it closes it: then the connection is the edge's again. Any other one (a chunked body, an upgrade, what is no
-HTTP) makes the connection aiohttp's for good.
+aiohttp's handler has the connection for itself as far as it can see (`Lent`), and is done when it closes it. For a request
+whose end is known it is a new one, and then the connection is the edge's again. Any other one (a chunked body, an upgrade,
+what is no HTTP) makes the connection aiohttp's for good.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 
@@ -17,7 +17,8 @@ BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Respon
 class ClientProtocol(web.RequestHandler):
     """aiohttp's handler, which also tells when a slow client reads again and renders errors in our shapes.
 
-    `is_single`: it is to close its connection after one request; `keeps_alive`: what its answer said of the next one.
+    `is_single`: it is to close its connection after one request; `keeps_alive`: what its answer said of the next one;
+    `answered_s`: when it began its last answer, by the loop's time.
     """
 
     __slots__ = (
@@ -25,6 +26,7 @@ class ClientProtocol(web.RequestHandler):
         "_is_fed",
         "_on_bad_request",
         "_on_writable",
+        "answered_s",
         "buffer_bytes",
         "is_single",
         "keeps_alive",
@@ -39,6 +41,17 @@ class ClientProtocol(web.RequestHandler):
         self._on_writable: Callable[[], None] | None = None
         self._on_bad_request = on_bad_request
         self.is_single = self.keeps_alive = self._is_fed = self._is_answering = False
+        self.answered_s = float("-inf")
+
+    @property
+    def is_waiting(self) -> bool:
+        """For a request: none is served, read to its end or queued."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def has_answered(self) -> bool:
+        """Something."""
+        return self.answered_s > 0
 
     def fed(self) -> None:
         """The single request has come whole."""
@@ -74,6 +87,7 @@ class ClientProtocol(web.RequestHandler):
         self._is_answering = self.is_single
         if self.is_single and self._is_fed:
             self.close()
+        self.answered_s = self._loop.time()
         resp, is_reset = await super().finish_response(request, resp, start_time)
         self.keeps_alive = bool(resp.keep_alive) and not is_reset
         return resp, is_reset
@@ -93,18 +107,38 @@ class ClientProtocol(web.RequestHandler):
         return answer
 
 
+class Lender(Protocol):
+    """Whose transport is lent."""
+
+    transport: Any
+
+    @property
+    def is_reading_held(self) -> bool:
+        """Whether reading is to stay paused, whatever the handler thinks."""
+        ...
+
+    def given_back(self) -> None:
+        """The handler is done."""
+        ...
+
+
 class Lent:
     """A client's transport, lent to one handler: closing it is giving it back."""
 
-    __slots__ = ("_given_back", "_is_lent", "_transport")
+    __slots__ = ("_is_lent", "_lender", "_transport")
 
-    def __init__(self, transport: Any, given_back: Callable[[], None]) -> None:
-        self._transport = transport
-        self._given_back = given_back
+    def __init__(self, lender: Lender) -> None:
+        self._lender = lender
+        self._transport = lender.transport
         self._is_lent = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def resume_reading(self) -> None:
+        """As far as the lender reads."""
+        if not self._lender.is_reading_held:
+            self._transport.resume_reading()
 
     def is_closing(self) -> bool:
         """As the handler is to see it."""
@@ -114,4 +148,4 @@ class Lent:
         """Give it back."""
         if self._is_lent:
             self._is_lent = False
-            self._given_back()
+            self._lender.given_back()

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HEAD = re.compile(
-    rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) ([!-~]+) HTTP/1\.([01])\r\n"
+    rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) (/[!-~]*|\*) HTTP/1\.([01])\r\n"
     rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
 )
 
 LENGTH_DIGITS_MAX = 15
 LENGTH = re.compile(rb"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 
-FRAMED_OTHERWISE = frozenset({b"transfer-encoding", b"expect", b"trailer"})
-"""Where one of these stands, a request may not end where its length says, or its answer not be one answer."""
+NOT_PLAIN = frozenset({b"transfer-encoding", b"expect", b"trailer", b"proxy-connection"})
+"""Where one of these stands, a request may not end where its length says, its answer not be one answer, or its connection
+not go on: llhttp takes `proxy-connection` for `connection`."""
 
 CONNECTION_OPTIONS = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
 """What may stand in `connection`. An upgrade to anything but a websocket is not offered, and so it is ignored."""
@@ -36,7 +37,8 @@ class Head:
 
     `before` and `after` are the head's bytes around the digits of its length, by which the same head is known again with
     another length. What the edge finds out from the fields is kept here for requests with the same ones: `digest` of the key
-    that it presents, the route that it is `for_`, and `own_lines` of each answer to it.
+    that it presents, the route that it is `for_`, `own_lines` of each answer to it, and `body_bytes_max`, which holds for the
+    next body as well. The fields themselves are not kept with it (`slim`): thousands of connections have one each.
     """
 
     method: bytes
@@ -51,6 +53,8 @@ class Head:
     digest: bytes = field(repr=False, default=b"")
     for_: Any = None
     own_lines: bytes = b""
+    body_bytes_max: int = 0
+    is_keyed: bool = False  # it has an Idempotency-Key
 
     @property
     def is_plain_json(self) -> bool:
@@ -61,6 +65,19 @@ class Head:
             and fields.get(b"content-type", b"").lower() in JSON_TYPES
             and fields.get(b"content-encoding", b"identity") == b"identity"
         )
+
+    def slim(self) -> None:
+        """Let go of the fields, which `all_fields` reads anew from the head's own bytes."""
+        self.is_keyed = b"idempotency-key" in self.fields
+        self.fields = {}
+
+    def all_fields(self) -> dict[bytes, bytes]:
+        """The fields, also of a slim one."""
+        if self.fields:
+            return self.fields
+        again = read_head(b"%b0%b" % (self.before, self.after))
+        assert again is not None
+        return again.fields
 
     def body_again(self, data: bytes) -> bytes | None:
         """The body, where `data` is one whole request whose head is this one but for the digits of the length."""
@@ -73,7 +90,7 @@ class Head:
         if end < 0 or not digits.isdigit() or not data.startswith(after, end):
             return None
         body = data[end + len(after) :]
-        return body if len(body) == int(digits) else None
+        return body if len(body) == int(digits) <= self.body_bytes_max else None
 
 
 def read_head(raw: bytes) -> Head | None:
@@ -89,7 +106,7 @@ def read_head(raw: bytes) -> Head | None:
     for line in lines:
         name, _, value = line.partition(b":")
         fields[name.lower()] = value.strip(b" \t")
-    if len(fields) < len(lines) or not fields.get(b"host") or not FRAMED_OTHERWISE.isdisjoint(fields):
+    if len(fields) < len(lines) or not fields.get(b"host") or not NOT_PLAIN.isdisjoint(fields):
         return None
     length = fields.get(b"content-length", b"0")
     options = {option.strip() for option in fields.get(b"connection", b"keep-alive").lower().split(b",")}

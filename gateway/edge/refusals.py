@@ -10,13 +10,14 @@ from aiohttp.http_exceptions import LineTooLong
 from config.ids import uuid7
 from config.metrics import Metrics
 from gateway.api.routes import surface_of
-from gateway.api.services import CORS, HEALTH, METRICS, REQUEST_ID
-from gateway.edge.cors import PREFLIGHT
+from gateway.api.services import CORS, HEALTH, METRICS, REFUSED_KEYS, REQUEST_ID
+from gateway.edge.cors import PREFLIGHT, VISIBLE
 from gateway.errors import (
     ApiError,
     BadRequest,
     BodyTooLarge,
     HeadersTooLarge,
+    InvalidApiKey,
     MethodNotAllowed,
     NotFound,
     RateLimited,
@@ -62,6 +63,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         else:
             response = await handler(request)
     except ApiError as error:
+        if isinstance(error, InvalidApiKey):
+            app[REFUSED_KEYS].add(request.transport, ",".join(request.headers.getall("X-Forwarded-For", ())))
         response = refuse(error, surface_of(request.path), request_id, app[METRICS])
     except web.HTTPException as error:
         response = error if error.status < 400 else refuse(
@@ -86,8 +89,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _preflight(request: web.Request) -> web.Response:
     """A browser asks whether its page may send a request of this kind."""
-    asked = request.headers.get("Access-Control-Request-Headers")
-    headers = PREFLIGHT | ({"access-control-allow-headers": asked} if asked else {})
+    asked = request.headers.get("Access-Control-Request-Headers", "")
+    headers = PREFLIGHT | ({"access-control-allow-headers": asked} if VISIBLE.fullmatch(asked) else {})
     return web.Response(status=204, headers=headers)
 
 

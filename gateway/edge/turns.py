@@ -33,6 +33,10 @@ class Connection(ClientConnection, Protocol):
         """The answer was sent, or broke off; another request may come only with `keep_alive`."""
         ...
 
+    def key_refused(self, head: Head) -> None:
+        """The request with this head came without a valid key."""
+        ...
+
 
 class EdgeTurns:
     """Begins turns. `routes` decodes the body of each path that it serves; `is_draining` asks clients to go elsewhere."""
@@ -57,7 +61,7 @@ class EdgeTurns:
 
     def secret_of(self, head: Head) -> str | None:
         """The key that a request presents, as `gateway.api.credentials.presented_key` finds it."""
-        fields = head.fields
+        fields = head.all_fields()
         scheme, _, value = fields.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not value.strip():
             value = (
@@ -93,7 +97,7 @@ class EdgeTurn(HttpDownstream):
         turns = self._turns
         try:
             principal = self._known()
-            if principal is None or b"idempotency-key" in self._head.fields:
+            if principal is None or self._head.is_keyed:
                 self._go_on(self._from_the_key, body)
                 return
             check_scope(principal, SCOPE)
@@ -173,7 +177,7 @@ class EdgeTurn(HttpDownstream):
         secret = turns.secret_of(head)
         assert secret is not None
         principal = await principal_of(turns.keyring, secret, SCOPE)
-        field = head.fields.get(b"idempotency-key")
+        field = head.all_fields().get(b"idempotency-key") if head.is_keyed else None
         key = key_of(None if field is None else field.decode("latin-1"))
         ask: Ask = head.for_(body, turns.settings)
         if key is None:
@@ -185,6 +189,8 @@ class EdgeTurn(HttpDownstream):
     # --- saying no ------------------------------------------------------------------------------------------------
 
     def _refuse(self, error: ApiError) -> None:
+        if isinstance(error, InvalidApiKey):
+            self._connection.key_refused(self._head)
         status, headers, body = refusal(error, "openai", self.request_id, self._turns.metrics)
         self.answer(status, headers, body)
         self._connection.answered(self, keep_alive=self.keep_alive)
