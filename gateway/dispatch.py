@@ -20,7 +20,7 @@ from billing.holds import BYTES_PER_TOKEN, USUAL_OUTPUT_TOKENS
 from billing.money import to_minor_up
 from config.defaults import Settings
 from gateway.errors import NoNodeAvailable
-from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
+from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens, plain_tokens
 from gateway.relay.exchange import Delivery, stream, whole
 from gateway.relay.faults import (
@@ -48,8 +48,6 @@ OUTPUT_TOKENS_GUESS_MAX = 1024
 """What answers with a large token limit count for as load: few are longer."""
 
 NO_NODE_RETRY_AFTER_S = 5
-
-JSON = {"content-type": "application/json"}
 
 
 class Dispatcher:
@@ -201,55 +199,49 @@ class Dispatcher:
     # --- one attempt ------------------------------------------------------------------------------------------
 
     async def _attempt(self, turn: Turn, engine: Engine, down: Downstream) -> None:
-        """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it."""
-        pool = self.upstreams.pool(engine)
-        connection = pool.idle()
-        if connection is not None:
-            try:
-                await self._exchange(turn, pool, connection, down)
-                return
-            except EngineFault:
-                if not connection.was_stale:
-                    raise
-        try:
-            connection = await pool.connect()
-        except ConnectFailed as error:
-            raise unreachable(str(error)) from error
-        await self._exchange(turn, pool, connection, down)
+        """Ask `engine`, on an idle connection first. That the engine has just closed that one says nothing of it.
 
-    async def _exchange(
-        self, turn: Turn, pool: UpstreamPool, connection: UpstreamConnection, down: Downstream
-    ) -> None:
-        """One request on one connection, which is kept if all went well and closed at once if not."""
-        begun_s = time.monotonic()
-        connection.begin(pool.request(turn.ask.engine_path, turn.request_id, turn.sent))
-        try:
-            await self._relay(turn, connection, down)
-        except BaseException:
-            connection.close()
-            raise
-        assert turn.engine is not None
+        The connection is kept if all went well and closed at once if not.
+        """
+        pool = self.upstreams.pool(engine)
+        connection = pool.idle() or await self._connected(pool)
+        while True:
+            begun_s = time.monotonic()
+            connection.begin(pool.request(turn.ask.engine_path, turn.request_id, turn.sent))
+            try:
+                await self._relay(turn, connection, down)
+                break
+            except BaseException as error:
+                connection.close()
+                if not (isinstance(error, EngineFault) and connection.was_stale):
+                    raise
+            connection = await self._connected(pool)
         if turn.outcome == "timeout":  # we ended it, not the engine, which should stop now
             connection.close()
             if turn.first_event_s is None:
-                self._registry.engine_failed(turn.engine)
+                self._registry.engine_failed(engine)
         else:
             connection.release()
-            turn.engine.breaker.succeeded(begun_s)
+            engine.breaker.succeeded(begun_s)
+
+    async def _connected(self, pool: UpstreamPool) -> UpstreamConnection:
+        try:
+            return await pool.connect()
+        except ConnectFailed as error:
+            raise unreachable(str(error)) from error
 
     async def _relay(self, turn: Turn, connection: UpstreamConnection, down: Downstream) -> None:
         ask = turn.ask
         if ask.tap is None:
             await self._relay_whole(turn, connection, down)
             return
-        headers = {"x-request-id": turn.request_id}
         tap = ask.tap()
         ends_at_s = None
         if ask.time_limit_s is not None:
             used_s = time.monotonic() - turn.started_s
             ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
         delivery = Delivery(
-            tap, down, EVENT_STREAM | headers, turn.told, turn.first_event, partial(self._covers, turn),
+            tap, down, turn.request_id, turn.told, turn.first_event, partial(self._covers, turn),
             turn.bound.completion_tokens, ask.gathers, ends_at_s,
         )  # fmt: skip
         try:
@@ -257,9 +249,9 @@ class Dispatcher:
         finally:
             if not ask.gathers and turn.first_event_s is not None:
                 turn.delivered(tap.final_tokens())
-        self._finish(turn, tap, down, headers)
+        self._finish(turn, tap, down)
 
-    def _finish(self, turn: Turn, tap: Tap, down: Downstream, headers: dict[str, str]) -> None:
+    def _finish(self, turn: Turn, tap: Tap, down: Downstream) -> None:
         """Settle, then send the last bytes."""
         if down.is_gone and turn.ask.gathers:
             raise ClientGone
@@ -269,7 +261,7 @@ class Dispatcher:
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
         if turn.ask.render is not None:
-            down.answer(200, JSON | headers, turn.ask.render(turn, tap, cost_minor), turn.told)
+            down.answer(200, _json(turn), turn.ask.render(turn, tap, cost_minor), turn.told)
         else:
             down.finish(tap.ending(cost_minor))
 
@@ -289,8 +281,7 @@ class Dispatcher:
         turn.outcome, turn.status = "finished", 200
         self._settle(turn)
         cost_minor = to_minor_up(turn.amount_nano, self._settings.minor_per_major)
-        headers = {"x-request-id": turn.request_id, "content-type": "application/json"}
-        down.answer(200, headers, add_cost(body, cost_minor), turn.told)
+        down.answer(200, _json(turn), add_cost(body, cost_minor), turn.told)
 
     def landed(self, flight: "Flight") -> None:
         """A flight is over; what its engine did is noted as after any attempt."""
@@ -374,6 +365,11 @@ class Flight:
             self._connection.close()
             self._connection = None
             self._dispatcher.landed(self)
+
+
+def _json(turn: Turn) -> dict[str, str]:
+    """The headers of a whole answer, beside those that its limits tell."""
+    return {"x-request-id": turn.request_id, "content-type": "application/json"}
 
 
 def _expected_output(turn: Turn) -> int:

@@ -42,7 +42,8 @@ class Ask:
     `tap` makes the filter of one attempt, for a stream; without it the engine is asked for one whole answer. `gathers`:
     the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
     request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the
-    price online (a batch's turns cost less). Nothing of it changes but `body`, and that both go when a stream has begun. (Frozen, it takes thrice as long to make.)
+    price online (a batch's turns cost less). Nothing of it changes but `body`; it and `tap`
+    go when a stream has begun. (Frozen, it takes thrice as long to make.)
     """
 
     route: str

@@ -37,8 +37,8 @@ class Head:
 
     `before` and `after` are the head's bytes around the digits of its length, by which the same head is known again with
     another length. What the edge finds out from the fields is kept here for requests with the same ones: `digest` of the key
-    that it presents, the route that it is `for_`, `own_lines` of each answer to it, and `body_bytes_max`, which holds for the
-    next body as well. The fields themselves are not kept with it (`slim`): thousands of connections have one each.
+    that it presents, the route that it is `for_`, `own_lines` of each answer to it, and `body_bytes_max`, which holds for
+    the next body as well. The fields themselves are not kept with it (`slim`): thousands of connections have one each.
     """
 
     method: bytes

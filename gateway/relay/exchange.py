@@ -12,7 +12,7 @@ from typing import Any
 
 from billing.limits.headers import Told
 from config.defaults import Settings
-from gateway.relay.downstream import ClientGone, Downstream
+from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.events import Tokens, error_of, first_event
 from gateway.relay.faults import (
     broken,
@@ -50,7 +50,7 @@ class Delivery:
 
     tap: Tap
     down: Downstream
-    headers: dict[str, str]
+    request_id: str
     told: Told
     on_first: Callable[[], None]
     covers: Callable[[Tokens], int]
@@ -110,8 +110,12 @@ async def _first_event(connection: UpstreamConnection, delivery: Delivery, setti
 def _say_waiting(delivery: Delivery) -> None:
     down = delivery.down
     if not down.is_started:
-        down.start(delivery.headers, delivery.told)
+        _start(delivery)
     down.write(KEEPALIVE)
+
+
+def _start(delivery: Delivery) -> None:
+    delivery.down.start({**EVENT_STREAM, "x-request-id": delivery.request_id}, delivery.told)
 
 
 def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: int) -> None:
@@ -119,7 +123,7 @@ def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: i
     tap, down, gathered = delivery.tap, delivery.down, delivery.gathered
     tokens_max = delivery.tokens_max
     if not gathered and not down.is_started:
-        down.start(delivery.headers, delivery.told)
+        _start(delivery)
 
     def pass_on(data: bytes) -> None:
         nonlocal tokens_max

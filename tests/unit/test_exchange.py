@@ -54,7 +54,7 @@ def delivery(client: Client, tap: OpenAITap, begun: list[bool]) -> Delivery:
     return Delivery(
         tap,
         cast("Any", client),
-        {},
+        "req_1",
         NOTHING_TOLD,
         lambda: begun.append(True),
         lambda tokens: tokens.completion,
