@@ -11,7 +11,6 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import orjson
@@ -241,9 +240,8 @@ class Dispatcher:
             used_s = time.monotonic() - turn.started_s
             ends_at_s = asyncio.get_running_loop().time() + ask.time_limit_s - used_s
         delivery = Delivery(
-            tap, down, turn.request_id, turn.told, turn.first_event, partial(self._covers, turn),
-            turn.bound.completion_tokens, ask.gathers, ends_at_s,
-        )  # fmt: skip
+            tap, down, turn, self._covers, turn.bound.completion_tokens, ask.gathers, ends_at_s
+        )
         try:
             await stream(connection, delivery, self._settings)
         finally:

@@ -143,7 +143,7 @@ class EdgeTurn(HttpDownstream):
     # --- in a task ------------------------------------------------------------------------------------------------
 
     def _go_on(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._carry_out(work, *given))
+        self._task = asyncio.get_running_loop().create_task(self._carry_out(work, *given), name="turn")
         self._task.add_done_callback(self._ended)
 
     async def _carry_out(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:

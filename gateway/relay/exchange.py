@@ -7,8 +7,7 @@ fault and ClientGone for what is the client's; nobody is charged here.
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from billing.limits.headers import Told
 from config.defaults import Settings
@@ -40,33 +39,97 @@ ESTIMATE_SLACK = 8
 KEEPALIVE = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """Where a stream goes: to `down` event by event, or, with `gathered`, only into the tap.
+class Metered(Protocol):
+    """What a relay needs of the turn that it is for."""
+
+    request_id: str
+    told: Told
+
+    def first_event(self) -> None:
+        """The engine's first event is here."""
+        ...
+
+
+Turned = TypeVar("Turned", bound=Metered)
+
+
+class Delivery(Generic[Turned]):
+    """One stream's way from its engine through `tap` to `down`, event by event, or, with `gathered`, only into the tap.
 
     `tokens_max`: output tokens that are paid for. Past it `covers` is asked for a new bound; the stream ends when that
     is no higher than what was produced.
     """
 
-    tap: Tap
-    down: Downstream
-    request_id: str
-    told: Told
-    on_first: Callable[[], None]
-    covers: Callable[[Tokens], int]
-    tokens_max: int
-    gathered: bool = False
-    ends_at_s: float | None = None
+    __slots__ = (
+        "_connection", "_covers", "_event_bytes_max", "_tokens_max", "down", "ends_at_s", "gathered", "tap", "turn",
+    )  # fmt: skip
+
+    def __init__(
+        self, tap: Tap, down: Downstream, turn: Turned, covers: Callable[[Turned, Tokens], int], tokens_max: int,
+        gathered: bool = False, ends_at_s: float | None = None,
+    ) -> None:  # fmt: skip
+        self.tap = tap
+        self.down = down
+        self.turn = turn
+        self.gathered = gathered
+        self.ends_at_s = ends_at_s
+        self._covers = covers
+        self._tokens_max = tokens_max
+        self._event_bytes_max = 0
+        self._connection: UpstreamConnection | None = None
+
+    def start(self) -> None:
+        """Send the head."""
+        turn = self.turn
+        self.down.start({**EVENT_STREAM, "x-request-id": turn.request_id}, turn.told)
+
+    def open(self, connection: UpstreamConnection, event_bytes_max: int) -> None:
+        """Send what has come, and let what comes go straight from socket to socket."""
+        self._connection = connection
+        self._event_bytes_max = event_bytes_max
+        if not self.gathered and not self.down.is_started:
+            self.start()
+        connection.attach(self.pass_on)
+        try:
+            self.pass_on(connection.take())
+        except (
+            Exception
+        ) as error:  # as the connection guards what comes later: the engine's bytes make no sense
+            log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
+            raise broken("the engine's answer could not be relayed") from error
+
+    def pass_on(self, data: bytes) -> None:
+        """A piece of the answer. Wakes whoever waits for the stream's end where it has to look."""
+        connection, tap, down = self._connection, self.tap, self.down
+        assert connection is not None
+        if down.is_gone and not self.gathered:  # what can't be written is not delivered, so it is not counted
+            connection.poke()
+            return
+        out = tap.feed(data)
+        if out and not self.gathered:
+            down.write(out)
+            if down.is_full:
+                connection.pause()
+                connection.poke()
+        tokens, tokens_max = tap.tokens, self._tokens_max
+        if tokens.completion > tokens_max and (
+            not tokens.estimated or tokens.completion > tokens_max * ESTIMATE_SLACK
+        ):
+            self._tokens_max = self._covers(self.turn, tokens)
+            if tokens.completion > self._tokens_max and tap.error is None:
+                tap.error = OVERRUN
+        if tap.is_done or tap.error is not None or tap.pending_bytes > self._event_bytes_max:
+            connection.poke()
 
 
-async def stream(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+async def stream(connection: UpstreamConnection, delivery: Delivery[Any], settings: Settings) -> None:
     """Relay one stream to its end, all but the terminal bytes, which the tap keeps until the turn is settled."""
     await _first_event(connection, delivery, settings)
     if delivery.down.is_gone and not delivery.gathered:
         raise ClientGone
     if not delivery.tap.is_done:
-        delivery.on_first()
-    _open(connection, delivery, settings.event_bytes_max)
+        delivery.turn.first_event()
+    delivery.open(connection, settings.event_bytes_max)
     await _flow(connection, delivery, settings)
     tap = delivery.tap
     if tap.error is OVERRUN:
@@ -77,7 +140,7 @@ async def stream(connection: UpstreamConnection, delivery: Delivery, settings: S
         raise broken(str(connection.failure or "the stream ended without a finish"))
 
 
-async def _first_event(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+async def _first_event(connection: UpstreamConnection, delivery: Delivery[Any], settings: Settings) -> None:
     """Wait for the first event, with comments to the client meanwhile: a 200 may carry a 503 as its first event."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + settings.first_byte_timeout_s
@@ -107,54 +170,14 @@ async def _first_event(connection: UpstreamConnection, delivery: Delivery, setti
         raise fault_of_event(error)
 
 
-def _say_waiting(delivery: Delivery) -> None:
+def _say_waiting(delivery: Delivery[Any]) -> None:
     down = delivery.down
     if not down.is_started:
-        _start(delivery)
+        delivery.start()
     down.write(KEEPALIVE)
 
 
-def _start(delivery: Delivery) -> None:
-    delivery.down.start({**EVENT_STREAM, "x-request-id": delivery.request_id}, delivery.told)
-
-
-def _open(connection: UpstreamConnection, delivery: Delivery, event_bytes_max: int) -> None:
-    """Send what has come, and let what comes go straight from socket to socket."""
-    tap, down, gathered = delivery.tap, delivery.down, delivery.gathered
-    tokens_max = delivery.tokens_max
-    if not gathered and not down.is_started:
-        _start(delivery)
-
-    def pass_on(data: bytes) -> None:
-        nonlocal tokens_max
-        if down.is_gone and not gathered:  # what can't be written is not delivered, so it is not counted
-            connection.poke()
-            return
-        out = tap.feed(data)
-        if out and not gathered:
-            down.write(out)
-            if down.is_full:
-                connection.pause()
-                connection.poke()
-        tokens = tap.tokens
-        if tokens.completion > tokens_max and (
-            not tokens.estimated or tokens.completion > tokens_max * ESTIMATE_SLACK
-        ):
-            tokens_max = delivery.covers(tokens)
-            if tokens.completion > tokens_max and tap.error is None:
-                tap.error = OVERRUN
-        if tap.is_done or tap.error is not None or tap.pending_bytes > event_bytes_max:
-            connection.poke()
-
-    connection.attach(pass_on)
-    try:
-        pass_on(connection.take())
-    except Exception as error:  # as the connection guards what comes later: the engine's bytes make no sense
-        log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
-        raise broken("the engine's answer could not be relayed") from error
-
-
-async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Settings) -> None:
+async def _flow(connection: UpstreamConnection, delivery: Delivery[Any], settings: Settings) -> None:
     """Sleep while the stream flows; wake for its end, silence, a slow client or the time-out of /v1/complete."""
     loop = asyncio.get_running_loop()
     tap, down = delivery.tap, delivery.down
@@ -179,7 +202,7 @@ async def _flow(connection: UpstreamConnection, delivery: Delivery, settings: Se
         await connection.changed(silence_ends_s - now_s)
 
 
-def _timed_out(delivery: Delivery) -> bool:
+def _timed_out(delivery: Delivery[Any]) -> bool:
     """/v1/complete ends here with what it has."""
     if isinstance(delivery.tap, CompleteTap):
         delivery.tap.time_out()

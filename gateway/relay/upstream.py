@@ -10,7 +10,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import httptools
@@ -20,7 +19,6 @@ from config.defaults import Settings
 log = logging.getLogger("poolgate.relay")
 
 Sink = Callable[[bytes], None]
-Watcher = Callable[[], None]
 
 READ_AHEAD_BYTES = 65536
 """What may come of a body before whoever waits for it looks: libuv reads up to 8 MB before it lets a task run."""
@@ -42,15 +40,15 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_come", "_is_between_chunks", "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_over", "_parser", "_pool",
-        "_sink", "_watcher", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status",
+        "_sink", "_waiter", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status",
         "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
         self._loop = loop
         self._pool = pool
-        self._watcher: Watcher | None = None
-        self._over: Watcher | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._over: Callable[[], None] | None = None
         self._sink: Sink | None = None
         self.is_paused = False
         self.transport: Any = None
@@ -71,7 +69,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- the turn's side --------------------------------------------------------------------------------------
 
-    def begin(self, request: bytes, over: Watcher | None = None) -> None:
+    def begin(self, request: bytes, over: Callable[[], None] | None = None) -> None:
         """Send one request. The caller releases the connection, or closes it, exactly once afterwards.
 
         `over` is called when the answer has ended, or more of it came than may before `read_on`; without it, `changed` waits
@@ -103,14 +101,13 @@ class UpstreamConnection(asyncio.Protocol):
         if self.is_over:
             return
         self.read_on()
-        waiter = self._loop.create_future()
-        self._watcher = partial(_wake, waiter)
+        waiter = self._waiter = self._loop.create_future()
         timer = self._loop.call_later(timeout_s, self.poke)
         try:
             await waiter
         finally:
             timer.cancel()
-            self._watcher = None
+            self._waiter = None
 
     def read_on(self) -> None:
         """Let more of the body come before there is news of it again."""
@@ -118,9 +115,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.resume()
 
     def poke(self) -> None:
-        """Tell whoever watches, or waits in `changed`."""
-        if self._watcher is not None:
-            self._watcher()
+        """Wake whoever waits in `changed`."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def take(self) -> bytes:
         """The body bytes that came so far, which are then forgotten."""
@@ -157,7 +155,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
-        self._sink = self._watcher = self._over = None
+        self._sink = self._over = None
         if self.closed or self.is_paused or self.failure is not None or self._pool is None:
             self.close()
         elif self.complete:
@@ -269,8 +267,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self.buffered >= self._look_at_bytes:
                 self.pause()
                 self._tell_over()
-            if self._watcher is not None:
-                self._watcher()
+            self.poke()
 
     def on_chunk_header(self) -> None:
         self._is_between_chunks = False
@@ -377,8 +374,3 @@ class UpstreamPool:
         """Close idle connections; those in use close when they are released."""
         self._closed = True
         self._drop_idle()
-
-
-def _wake(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)

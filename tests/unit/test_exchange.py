@@ -50,16 +50,20 @@ class Engine(UpstreamConnection):
             self._pass_on(event)
 
 
-def delivery(client: Client, tap: OpenAITap, begun: list[bool]) -> Delivery:
-    return Delivery(
-        tap,
-        cast("Any", client),
-        "req_1",
-        NOTHING_TOLD,
-        lambda: begun.append(True),
-        lambda tokens: tokens.completion,
-        100,
-    )
+class Turn:
+    """A turn that notes that it has begun."""
+
+    request_id, told = "req_1", NOTHING_TOLD
+
+    def __init__(self, begun: list[bool]) -> None:
+        self._begun = begun
+
+    def first_event(self) -> None:
+        self._begun.append(True)
+
+
+def delivery(client: Client, tap: OpenAITap, begun: list[bool]) -> Delivery[Turn]:
+    return Delivery(tap, cast("Any", client), Turn(begun), lambda _, tokens: tokens.completion, 100)
 
 
 async def test_events_that_come_after_the_client_left_are_not_counted() -> None:

@@ -218,7 +218,7 @@ async def test_a_cancelled_wait_leaves_no_timer_and_no_waiter(pool, peer):
     with pytest.raises(asyncio.CancelledError):
         await waiting
     connection.poke()
-    assert connection._watcher is None
+    assert connection._waiter is None
 
 
 # --- use again -----------------------------------------------------------------------------------------------------
