@@ -17,6 +17,11 @@ from config.procs import Child, spawn_python
 from gateway.reports import READY, STALE_S, latest
 from gateway.worker import orders
 
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""glibc's allocator in a worker. One arena: threads that read and sync the journal would each keep the most they ever needed.
+Fixed thresholds: a batch that was large once (PostgreSQL was slow) goes back to the system instead of staying in the heap,
+whose bound glibc else raises to the largest block that it saw freed."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
@@ -88,8 +93,7 @@ class WorkerProcess:
 
 
 def _spawn(settings: Settings, fd: int, report_fd: int, *, waits: bool) -> Child:
-    # One arena for all threads of a worker: those that read and sync the journal would each keep the most they ever needed.
-    env = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    env = {**MALLOC, **os.environ}
     with _sigterm_waits():
         child = spawn_python(
             "gateway.worker", env=env, pass_fds=(fd, report_fd), stdin=PIPE,
