@@ -22,7 +22,7 @@ REQUESTS = (
     b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nauthorization: Bearer known\r\ncontent-length: 0\r\n\r\n",
     b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAccept: */*\r\nUser-Agent: fuzz\r\n\r\n",
     b"GET /v1/models HTTP/1.0\r\n\r\n",
-    b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PATCH / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET http://x/absolute?a=b HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\nCookie: c=d\r\n\r\n",
     b"GET /socket HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\n\r\n",
