@@ -39,6 +39,9 @@ class Over:
     def leave(self) -> None:
         """Nothing is left to end."""
 
+    def end_keep_alive(self) -> None:
+        """Nothing is left to say."""
+
 
 OVER = Over()
 
@@ -50,7 +53,7 @@ class EdgeConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_ahead", "_door", "_handler", "_has_begun", "_head", "_is_paused", "_left", "_on_writable", "_reading", "_scanned",
+        "_ahead", "_door", "_handler", "_head", "_is_paused", "_left", "_on_writable", "_reading", "_scanned",
         "_turn", "_unread", "buffer_bytes", "ends_s", "transport", "writing_paused",
     )  # fmt: skip
 
@@ -58,7 +61,6 @@ class EdgeConnection(asyncio.Protocol):
         self._door = door
         self._ahead = bytearray()  # what came and is not served yet
         self._scanned = 0  # bytes of it that hold no end of a head
-        self._has_begun = False  # to bring a head, empty lines before it included
         self._head: Head | None = None  # of the last turn, for the next one
         self._reading: Head | None = None  # of a request whose body is still to come
         self._turn: EdgeTurn | Over | None = None
@@ -198,7 +200,7 @@ class EdgeConnection(asyncio.Protocol):
         if end < 0:
             self._wait_for_head()
             return None
-        self._scanned, self._has_begun = 0, False
+        self._scanned = 0
         raw = bytes(ahead[: end + 4])
         head = read_head(raw)
         if head is None or len(raw) > self._door.settings.header_bytes_max or not self._door.takes(head):
@@ -212,8 +214,7 @@ class EdgeConnection(asyncio.Protocol):
         if len(ahead) > HEAD_BYTES_MAX or HARDLY_HTTP.search(ahead, max(0, self._scanned - 1)):
             self._give(None)
             return
-        if not self._has_begun:
-            self._has_begun = True
+        if self._scanned == 0:
             self._wait(self._door.settings.head_timeout_s)
         self._scanned = len(ahead)
         self._read_on()
@@ -343,6 +344,13 @@ class EdgeConnection(asyncio.Protocol):
         """The client is to read what was sent, or some of it."""
         self._unread = self.transport.get_write_buffer_size()
         self._wait(self._door.settings.client_stall_s)
+
+    def drain(self, ends_s: float) -> None:
+        """The worker ends: the answer to a turn closes the connection, and without a request it is closed at `ends_s`."""
+        if self._turn is not None:
+            self._turn.end_keep_alive()
+        elif self.is_idle:
+            self.ends_s = min(self.ends_s, ends_s)
 
     @property
     def is_idle(self) -> bool:

@@ -96,8 +96,7 @@ class Door:
         self.now_s = self.time()
         ends_s = self.now_s + self.settings.drain_idle_s
         for connection in self.connections:
-            if connection.is_idle:
-                connection.ends_s = min(connection.ends_s, ends_s)
+            connection.drain(ends_s)
 
     @property
     def is_idle(self) -> bool:

@@ -114,6 +114,11 @@ class EdgeTurn(HttpDownstream):
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             self._crash(error)
 
+    def end_keep_alive(self) -> None:
+        """The worker ends: if the answer has not begun it says so."""
+        if not self._down.is_started:
+            self._down.keep_alive = False
+
     def leave(self) -> None:
         """The client left."""
         if self._task is not None:
