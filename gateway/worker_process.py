@@ -18,7 +18,7 @@ from gateway.reports import READY, STALE_S, latest
 from gateway.worker import orders
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc's allocator in a worker. One arena: threads that read and sync the journal would each keep the most they ever needed.
+"""glibc's allocator in a worker. One arena: threads that read and sync the journal would each keep the most they needed.
 Fixed thresholds: a batch that was large once (PostgreSQL was slow) goes back to the system instead of staying in the heap,
 whose bound glibc else raises to the largest block that it saw freed."""
 
