@@ -116,8 +116,8 @@ class EdgeTurn(HttpDownstream):
 
     def end_keep_alive(self) -> None:
         """The worker ends: if the answer has not begun it says so."""
-        if not self._down.is_started:
-            self._down.keep_alive = False
+        if not self.is_started:
+            self.keep_alive = False
 
     def leave(self) -> None:
         """The client left."""
