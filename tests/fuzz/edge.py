@@ -33,6 +33,9 @@ QUIET_TURNS = 14
 
 TURNS_MAX = 2000
 BIG = b"b" * 6000
+WAITING_MAX = 2 * len(BIG) + 2000
+"""Above the mark: the answer that reached it, and one that was begun before the mark was seen."""
+
 SETTINGS = load_settings(environ={}, stream_buffer_bytes=4096, body_bytes_max=2048, header_bytes_max=8190)
 
 
@@ -55,6 +58,7 @@ class Transport:
         self.sent += data
         if self._reads_slowly:
             self._waiting += len(data)
+            assert self._waiting <= self._high + WAITING_MAX, "answers pile up"
             if self._waiting > self._high and not self._is_full:
                 self._is_full = True
                 self.protocol.pause_writing()
@@ -290,6 +294,9 @@ class World:
             is_with_aiohttp = connection._handler is not None
             is_answered = len(answers.numbers) == len(client.taken)
             assert client.is_lost or is_with_aiohttp or is_answered, "one is missing"
+            certain = len(each.statuses)
+            assert tuple(answers.statuses[:certain]) == each.statuses, "another answer"
+            assert not each.is_all or len(answers.statuses) == certain, "an answer to nothing"
             assert not (client.is_lost and connection in self.door.connections)
             if not client.is_lost:
                 assert connection.ends_s < NEVER or is_with_aiohttp, connection

@@ -143,6 +143,8 @@ def table(gw: TestGateway) -> list[bytes]:
         for version in (b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"http/1.1", b"")
     ]
     plain = chat(gw, UNKNOWN)
+    hosts = [b"host:", b"host:  ", b"Host:x", b"HOST\t:x", b"x: y", b"host: a\r\nhost: a"]
+    characters = [b"\0", b"\n", b"\r", b" ", b"\t", b"\xff"]
     kinds = [
         "application/json; charset=latin-1",
         "APPLICATION/JSON",
