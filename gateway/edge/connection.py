@@ -222,7 +222,7 @@ class EdgeConnection(asyncio.Protocol):
     def _begin(self, head: Head, body: bytes) -> None:
         self._head = head
         self.ends_s = NEVER
-        turn = self._turn = EdgeTurn(self._door.turns, self, head)
+        turn = self._turn = self._door.turns.begun(self, head)
         turn.begin(body)
 
     def answered(self, turn: EdgeTurn, *, keep_alive: bool) -> None:

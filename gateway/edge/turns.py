@@ -54,6 +54,10 @@ class EdgeTurns:
         self.is_draining = is_draining
         self.stall_s = settings.client_stall_s
 
+    def begun(self, connection: Connection, head: Head) -> "EdgeTurn":
+        """One request's turn, to be begun with its body."""
+        return EdgeTurn(self, connection, head)
+
     def knows(self, head: Head) -> bool:
         """Whether memory knows the key of a request."""
         secret = self.secret_of(head)

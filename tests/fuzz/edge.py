@@ -143,7 +143,7 @@ class StubTurn:
         self._turns, self._connection, self._head = turns, connection, head
         self._down = HttpDownstream(
             connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive, stall_s=1.0,
-            own_headers=head.own_headers,
+            own_lines=head.own_lines,
         )  # fmt: skip
         self._is_left = False
 
