@@ -133,7 +133,7 @@ class Turns:
         return StubTurn(self, connection, head)
 
     def knows(self, head: Head) -> bool:
-        return head.fields.get(b"authorization") == b"Bearer known"
+        return head.all_fields().get(b"authorization") == b"Bearer known"
 
 
 class StubTurn:
