@@ -221,3 +221,13 @@ def test_so_many_fields_are_taken_and_one_more_is_not():
 def test_a_head_that_could_mean_two_things_is_not_plain(fields: bytes):
     assert read_head(LINE + b"host: x\r\n\r\n") is not None
     assert read_head(LINE + b"host: x\r\n" + fields + b"\r\n") is None
+
+
+def test_a_slim_head_reads_its_fields_anew():
+    raw = b"POST /v1/x HTTP/1.1\r\nhost: x\r\nidempotency-key: k\r\ncontent-length: 12\r\nauthorization: Bearer s\r\n\r\n"
+    head = read_head(raw)
+    assert head is not None
+    before = dict(head.fields)
+    head.slim()
+    assert (head.fields, head.is_keyed) == ({}, True)
+    assert head.all_fields() == before | {b"content-length": b"0"}

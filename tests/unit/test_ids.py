@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from config import ids
-from config.ids import uuid7
+from config.ids import uuid7, uuid_of
 
 
 def test_version_and_variant_are_those_of_the_rfc():
@@ -90,7 +90,7 @@ def test_an_id_is_like_one_that_was_made_in_the_ordinary_way():
 
 FORKS = """
 import os
-from config.ids import uuid7
+from config.ids import uuid7, uuid_of
 uuid7()
 child = os.fork()
 drawn = [uuid7().bytes[-4:].hex() for _ in range(8)]
@@ -114,3 +114,11 @@ def test_threads_never_make_the_same():
     for thread in threads:
         thread.join()
     assert len(set(made)) == 8000
+
+
+def test_the_digits_of_an_id_stand_for_it_again():
+    made = uuid7()
+    again = uuid_of(made.hex)
+    assert (again, again.version, str(again), hash(again)) == (made, 7, str(made), hash(made))
+    with pytest.raises(ValueError, match="invalid literal"):
+        uuid_of("no digits")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.relay.events import Tokens, add_cost, answer_tokens, first_event
+from gateway.relay.events import Tokens, add_cost, answer_tokens, first_event, plain_tokens, without_usage
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.tap_openai import OpenAITap
 from gateway.relay.tap_responses import ResponsesTap
@@ -434,6 +434,40 @@ def test_text_in_an_answer_is_never_taken_for_usage():
         }
     )
     assert answer_tokens(orjson.loads(body)) == Tokens(prompt=9, completion=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_nonstream", "chat_n2", "completion_multi_prompt", "embed__embeddings", "chat_nonstream_repeat_cached",
+             "full__prefix_warm", "chat_logprobs", "full__tools_auto"],
+)  # fmt: skip
+def test_what_is_read_of_an_answer_as_vllm_writes_it_is_what_decoding_it_says(name):
+    body = captures_of.load(name).body
+    assert plain_tokens(body) == answer_tokens(orjson.loads(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{}", b"null", b'{"id":"x","object":"chat.completion","choices":[{}]}',
+        b'{"error":{"message":"no"},"usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}',
+        b'{"id":"x","object":"error","choices":[{}],"usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}',
+        b'{"id":"x","object":"chat.completion","usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}',
+        b'{"id":"x","object":"chat.completion","choices":[{}],"usage":{"prompt_tokens":-1,"total_tokens":2}}',
+        b'{"id":"x","object":"chat.completion","choices":[{}],"usage":null}',
+        b'{ "id":"x","object":"chat.completion","choices":[{}],"usage":{"prompt_tokens":1,"total_tokens":2}}',
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_any_other_answer_must_be_decoded(body):
+    assert plain_tokens(body) is None
+
+
+def test_counts_go_out_of_events_whether_they_have_details_or_not():
+    flat = b'data: {"choices":[{}],"usage":{"prompt_tokens":1,"total_tokens":3,"completion_tokens":2}}\n\n'
+    deep = flat.replace(
+        b'"completion_tokens":2', b'"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}'
+    )
+    assert without_usage(flat + deep) == b'data: {"choices":[{}]}\n\n' * 2
 
 
 def test_cost_is_the_last_field():

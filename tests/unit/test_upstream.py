@@ -8,7 +8,7 @@ import pytest
 
 from config.defaults import Settings
 from gateway.relay import upstream
-from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPool
+from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPool, one_chunk
 from tests.waiting import eventually
 
 REQUEST = UpstreamPool("engine", 1, Settings()).request("/v1/chat/completions", "req_1", b"{}")
@@ -450,3 +450,34 @@ async def test_a_host_that_does_not_answer_is_a_connect_failure_in_time(pool, mo
     monkeypatch.setattr(asyncio.get_running_loop().__class__, "create_connection", never, raising=False)
     with pytest.raises(ConnectFailed, match="too long"):
         await pool.connect()
+
+
+@pytest.mark.parametrize(
+    ("data", "inside"),
+    [
+        (b"3\r\nabc\r\n", b"abc"), (b"0a\r\n0123456789\r\n", b"0123456789"), (b"2\r\n\r\n\r\n", b"\r\n"),
+        (b"", None), (b"3\r\nab", None), (b"3\r\nabc\r\n2\r\nde\r\n", None), (b"0\r\n\r\n", None), (b"3\r\nabcde", None),
+        (b"3;x=y\r\nabc\r\n", None), (b"+3\r\nabc\r\n", None), (b"0x3\r\nabc\r\n", None), (b" 3\r\nabc\r\n", None),
+        (b"3\nabc\r\n", None), (b"bc\r\n", None), (b"00000003\r\nabc\r\n", None),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_only_one_whole_chunk_is_taken_without_a_parser(data, inside):
+    assert one_chunk(data) == inside
+
+
+async def test_a_stream_is_the_same_however_its_chunks_fall_into_reads(pool, peer):
+    """Whole chunks pass the parser by, others do not, and it must not matter which comes after which."""
+    chunks = [b"%x\r\n%b\r\n" % (len(text), text) for text in (b"a", b"bc" * 9, b"def", b"g" * 300, b"\r\n")]
+    wire = b"".join(chunks)
+    for cut in range(1, len(wire), 7):
+        connection = await begun(pool)
+        got: list[bytes] = []
+        await peer.says(HEAD)
+        await eventually(lambda: connection.status == 200)  # noqa: B023 - awaited here
+        connection.attach(got.append)
+        for piece in (wire[:cut], wire[cut:], *chunks, END):
+            connection.data_received(piece)
+        assert b"".join(got) == b"".join(chunk.partition(b"\r\n")[2][:-2] for chunk in chunks) * 2
+        assert connection.complete
+        connection.close()
