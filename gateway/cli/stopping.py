@@ -6,6 +6,7 @@ What is stopped, and in which order, is parts.py's.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,11 @@ class StopRequest:
     def installed(self) -> Iterator[None]:
         for number in self.SIGNALS:
             signal.signal(number, self._note)
+        sys.unraisablehook, before = self._unraised, sys.unraisablehook
         try:
             yield
         finally:
+            sys.unraisablehook = before
             # One that comes after the end must not make an orderly stop look like a death.
             for number in self.SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
@@ -73,6 +76,11 @@ class StopRequest:
 
     def is_hurried(self) -> bool:
         return self._count > 1
+
+    def _unraised(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """One that came inside a destructor could not raise there: the next `check` does, and nobody has to read it."""
+        if unraisable.exc_type is not Stopped:
+            sys.__unraisablehook__(unraisable)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP and not self._terminal.has_hung_up:
