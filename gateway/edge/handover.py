@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 
 BadRequestHandler = Callable[[int, BaseException | None, str | None], web.Response]
 
@@ -85,8 +85,8 @@ class ClientProtocol(web.RequestHandler):
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             resp = self._on_bad_request(resp.status, resp, None)
         self._is_answering = self.is_single
-        if self.is_single and self._is_fed:
-            self.close()
+        if (self.is_single and self._is_fed) or request.version < HttpVersion10:
+            self.close()  # llhttp takes a line without a version; nothing may follow what may be half of a request
         self.answered_s = self._loop.time()
         resp, is_reset = await super().finish_response(request, resp, start_time)
         self.keeps_alive = bool(resp.keep_alive) and not is_reset

@@ -33,13 +33,16 @@ QUIET_TURNS = 14
 
 TURNS_MAX = 2000
 BIG = b"b" * 6000
+WAITING_MAX = 2 * len(BIG) + 2000
+"""Above the mark: the answer that reached it, and one that was begun before the mark was seen."""
+
 SETTINGS = load_settings(environ={}, stream_buffer_bytes=4096, body_bytes_max=2048, header_bytes_max=8190)
 
 
 class Transport:
     """The client's end. One that reads slowly lets what is sent wait, and reads it all when it is told to."""
 
-    def __init__(self, protocol: EdgeConnection, *, reads_slowly: bool) -> None:
+    def __init__(self, protocol: Any, *, reads_slowly: bool = False) -> None:
         self.protocol = protocol
         self.sent = bytearray()
         self.taken: list[int] = []  # requests that anybody began to serve, by number
@@ -55,6 +58,7 @@ class Transport:
         self.sent += data
         if self._reads_slowly:
             self._waiting += len(data)
+            assert self._waiting <= self._high + WAITING_MAX, "answers pile up"
             if self._waiting > self._high and not self._is_full:
                 self._is_full = True
                 self.protocol.pause_writing()
@@ -185,11 +189,12 @@ class StubTurn:
 
 
 class Answers:
-    """Reads what was sent to a client; what is no HTTP raises."""
+    """Reads what was sent to a client, who never asks with HEAD; what is no HTTP raises."""
 
     def __init__(self, sent: bytes) -> None:
         self.numbers: list[int] = []
         self.statuses: list[int] = []
+        self.bodies: list[bytes] = []
         self._parser = httptools.HttpResponseParser(self)
         self._parser.feed_data(sent)
 
@@ -199,6 +204,10 @@ class Answers:
 
     def on_headers_complete(self) -> None:
         self.statuses.append(self._parser.get_status_code())
+        self.bodies.append(b"")
+
+    def on_body(self, body: bytes) -> None:
+        self.bodies[-1] += body
 
 
 class World:
@@ -240,10 +249,7 @@ class World:
         number = self._taken(request.transport)
         if request.path.startswith("/v1/chat"):
             await request.read()
-        headers = {"x-number": str(number)}
-        if request.method == "HEAD":  # a reader of answers can't know that no body comes
-            return web.Response(status=204, headers=headers)
-        return web.Response(headers=headers, body=b"cold")
+        return web.Response(headers={"x-number": str(number)}, body=b"cold")
 
     async def round(self, inputs: list[Input]) -> None:
         """Meet them all at once. Raises AssertionError or what else went wrong."""
@@ -288,6 +294,9 @@ class World:
             is_with_aiohttp = connection._handler is not None
             is_answered = len(answers.numbers) == len(client.taken)
             assert client.is_lost or is_with_aiohttp or is_answered, "one is missing"
+            certain = len(each.statuses)
+            assert tuple(answers.statuses[:certain]) == each.statuses, "another answer"
+            assert not each.is_all or len(answers.statuses) == certain, "an answer to nothing"
             assert not (client.is_lost and connection in self.door.connections)
             if not client.is_lost:
                 assert connection.ends_s < NEVER or is_with_aiohttp, connection

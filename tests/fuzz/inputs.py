@@ -4,32 +4,41 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 HOT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
 JSON = b"Content-Type: application/json\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
+LAST = HOT + b"Content-Length: 5\r\nConnection: close\r\nAuthorization: Bearer known\r\n\r\nlater"
+"""A plain request after which the connection ends."""
+
+PLAIN = {
+    HOT + JSON + b"Authorization: Bearer known\r\nContent-Length: 13\r\n\r\n" + b"{'a': 'whole'": 200,
+    HOT + JSON + b"Authorization: Bearer known\r\nContent-Length: 9\r\n\r\n" + b"{stream:1": 200,
+    HOT + JSON + b"Authorization: Bearer stranger\r\nContent-Length: 2\r\n\r\n{}": 200,
+    HOT
+    + b"Content-Length: 3\r\nConnection: upgrade\r\nUpgrade: h2c\r\nAuthorization: Bearer known\r\n\r\nbig": 200,
+    b"POST /v1/chat/completions HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\n1": 200,
+    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nauthorization: Bearer known\r\ncontent-length: 0\r\n\r\n": 200,
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAccept: */*\r\nUser-Agent: fuzz\r\n\r\n": 200,
+    b"PATCH / HTTP/1.1\r\nHost: x\r\n\r\n": 200,
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n": 404,
+    b"PUT /a HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n\r\nignored": 200,
+    b"\r\n\r\nDELETE /a HTTP/1.1\r\nHost: x\r\n\r\n": 200,
+    LAST: 200,
+}
+"""Requests whose end is known from their heads, with what each gets. Whatever follows, and however they are cut."""
+
 REQUESTS = (
-    HOT + JSON + b"Authorization: Bearer known\r\nContent-Length: 12\r\n\r\n" + b"{'a': 'whole'",
-    HOT + JSON + b"Authorization: Bearer known\r\nContent-Length: 9\r\n\r\n" + b"{stream:1}"[:9],
-    HOT + JSON + b"Authorization: Bearer stranger\r\nContent-Length: 2\r\n\r\n{}",
-    HOT + b"Content-Length: 5\r\nConnection: close\r\nAuthorization: Bearer known\r\n\r\nlater",
-    HOT + b"Content-Length: 3\r\nConnection: upgrade\r\nUpgrade: h2c\r\nAuthorization: Bearer known\r\n\r\nbig",
+    *PLAIN,
     HOT + JSON + CHUNKED + b"5;e=1\r\nchunk\r\n3\r\n...\r\n0\r\nTrailer: t\r\n\r\n",
     HOT + JSON + b"Expect: 100-continue\r\nContent-Length: 4\r\n\r\nbody",
-    b"POST /v1/chat/completions HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\n1",
-    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nauthorization: Bearer known\r\ncontent-length: 0\r\n\r\n",
-    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAccept: */*\r\nUser-Agent: fuzz\r\n\r\n",
     b"GET /v1/models HTTP/1.0\r\n\r\n",
-    b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET http://x/absolute?a=b HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\nCookie: c=d\r\n\r\n",
     b"GET /socket HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\n\r\n",
-    b"PUT /a HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n\r\nignored",
     b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"\r\n\r\nDELETE /a HTTP/1.1\r\nHost: x\r\n\r\n",
-)  # fmt: skip
+)
 
 NUMBERS = (
     b"", b"0", b"00", b"1", b"7", b"+5", b"-1", b"0x5", b"5,5", b"99999999999999999999", b"18446744073709551616", b"f" * 17,
@@ -52,11 +61,16 @@ NUMBER = re.compile(rb"[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One client: what it sends piece by piece, how it ends, and whether it reads slowly."""
+    """One client: what it sends piece by piece, how it ends, and whether it reads slowly.
+
+    `statuses` are those of its first answers, as far as they are certain, and with `is_all` there is no further one.
+    """
 
     pieces: tuple[bytes, ...]
     ending: str  # wait, late, fin, reset
     reads_slowly: bool
+    statuses: tuple[int, ...]
+    is_all: bool
 
 
 def draw(rng: random.Random) -> Input:
@@ -64,10 +78,14 @@ def draw(rng: random.Random) -> Input:
     requests = [rng.choice(REQUESTS) for _ in range(rng.choice((1, 1, 2, 2, 3, 5)))]
     if rng.random() < 0.3:
         requests = requests[:1] * len(requests)
-    data = b"".join(each if rng.random() < 0.5 else mutated(each, rng) for each in requests)
+    sent = [each if rng.random() < 0.5 else mutated(each, rng) for each in requests]
+    certain = list(takewhile(PLAIN.__contains__, sent))
+    is_all = len(certain) == len(sent)
+    if LAST in certain:
+        certain, is_all = certain[: certain.index(LAST) + 1], True
     return Input(
-        pieces=tuple(cut(data, rng)), ending=rng.choice(("wait", "wait", "late", "fin", "reset")),
-        reads_slowly=rng.random() < 0.1,
+        pieces=tuple(cut(b"".join(sent), rng)), ending=rng.choice(("wait", "wait", "late", "fin", "reset")),
+        reads_slowly=rng.random() < 0.1, statuses=tuple(PLAIN[each] for each in certain), is_all=is_all,
     )  # fmt: skip
 
 

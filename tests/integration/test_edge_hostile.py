@@ -444,6 +444,14 @@ async def test_a_request_that_could_end_in_two_places_is_refused_with_all_behind
     await eventually(lambda: not gw.gateway.door.connections)
 
 
+async def test_nothing_follows_a_request_without_a_version(gw):
+    raw = b"POST /v1/nope\r\nhost: x\r\nconnection: keep-alive\r\ncontent-length: 0\r\n\r\n"
+    async with wire(gw) as client:
+        await client.send(raw + get("/api/health"))
+        assert (await client.reply()).status == 404
+        assert await client.is_closed()
+
+
 TAKEN = {
     "lengths with zeros in front": with_fields("content-length: 0000"),
     "tabs around a length": with_fields("content-length:\t0 "),

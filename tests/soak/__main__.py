@@ -22,7 +22,7 @@ from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
-from tests.soak import cuts, killed, limits, memory, money_crash, reload, simulation, stalled, streams
+from tests.soak import cuts, fuzz, killed, limits, memory, money_crash, reload, simulation, stalled, streams
 from tests.soak.report import Result, write_section
 
 REPORT = ROOT / "docs" / "soak.md"
@@ -31,6 +31,9 @@ BOUND_S = 600.0
 
 MEMORY_BOUND_S = 3600.0
 """A million turns."""
+
+FUZZ_BOUND_S = 7200.0
+"""Ten million inputs; two cores take about 40 minutes."""
 
 Soak = Callable[[Settings, asyncpg.Pool, Path, Any, Callable[[str], None]], Awaitable[dict[str, float]]]
 
@@ -78,6 +81,7 @@ CASES = (
     Case(
         "limits", "60 requests a minute over four workers", limits.a_minute_has_60, limits.LONG, limits.SHORT
     ),
+    Case("fuzz", "Seeded nonsense at the edge", fuzz.edge_fuzzed, fuzz.LONG, fuzz.SHORT, FUZZ_BOUND_S),
 )  # fmt: skip
 
 

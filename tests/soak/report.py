@@ -8,10 +8,10 @@ HEAD = """\
 # Soak
 
 Written by `make soak`: the long forms of tests/integration/test_streams_many.py, test_engine_killed.py,
-test_reload.py, test_money_crash.py, test_cut_streams.py, test_limits_workers.py and of tests/simulation. The gateway
-is a real `poolgate serve` with its workers, agents are real agents; engines are the stand-in (bench/fake_engine), and
-clients, engines and gateway are processes of their own. What each number means is said in tests/soak/*.py. Sections are
-replaced one by one: `make soak ARGS=limits` renews that one.
+test_reload.py, test_money_crash.py, test_cut_streams.py, test_limits_workers.py, test_fuzz_edge.py and of
+tests/simulation. But for the fuzz the gateway is a real `poolgate serve` with its workers, agents are real agents; engines
+are the stand-in (bench/fake_engine), and clients, engines and gateway are processes of their own. What each number means is
+said in tests/soak/*.py. Sections are replaced one by one: `make soak ARGS=limits` renews that one.
 """
 
 
