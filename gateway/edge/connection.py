@@ -27,7 +27,7 @@ AHEAD_BYTES_MAX = 65536
 
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 
-HARDLY_HTTP = re.compile(rb"\A(?![A-Z]{1,20}(?: |\Z))|[^\r]\n|\x00")
+HARDLY_HTTP = re.compile(rb"\A(?!\r\Z|[A-Z]{1,20}(?: |\Z))|[^\r]\n|\x00")
 """In a head that has not ended: it is no request, or has a line end that is none. llhttp says so at once."""
 
 NEVER = float("inf")
@@ -214,7 +214,7 @@ class EdgeConnection(asyncio.Protocol):
         if len(ahead) > HEAD_BYTES_MAX or HARDLY_HTTP.search(ahead, max(0, self._scanned - 1)):
             self._give(None)
             return
-        if self._scanned == 0:
+        if self._scanned == 0 and ahead != b"\r":  # that may be half of an empty line, which buys no time
             self._wait(self._door.settings.head_timeout_s)
         self._scanned = len(ahead)
         self._read_on()
@@ -247,6 +247,7 @@ class EdgeConnection(asyncio.Protocol):
             return
         self.ends_s = self._door.now_s + self._door.idle_s
         if self._ahead:
+            self._hold()  # while turns are answered at once, what comes is never kept by `_keep`
             asyncio.get_running_loop().call_soon(self._advance_later)
         else:
             self._read_on()
@@ -262,6 +263,10 @@ class EdgeConnection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self._ahead += data
+        self._hold()
+
+    def _hold(self) -> None:
+        """Read no more while so much is kept."""
         if len(self._ahead) > AHEAD_BYTES_MAX and not self._is_paused:
             self._is_paused = True
             self.transport.pause_reading()

@@ -24,6 +24,9 @@ not go on: llhttp takes `proxy-connection` for `connection`."""
 CONNECTION_OPTIONS = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
 """What may stand in `connection`. An upgrade to anything but a websocket is not offered, and so it is ignored."""
 
+BOTH_ENDS = frozenset({b"close", b"keep-alive"})
+"""Of which HTTP/1.0's readers believe one or the other."""
+
 JSON_TYPES = (b"", b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8")
 """What a body may be called here; other names of JSON are aiohttp's to judge."""
 
@@ -96,7 +99,7 @@ def read_head(raw: bytes) -> Head | None:
         return None
     length = fields.get(b"content-length", b"0")
     options = {option.strip() for option in fields.get(b"connection", b"keep-alive").lower().split(b",")}
-    if LENGTH.fullmatch(length) is None or not options <= CONNECTION_OPTIONS:
+    if LENGTH.fullmatch(length) is None or not options <= CONNECTION_OPTIONS or options >= BOTH_ENDS:
         return None
     if fields.get(b"upgrade", b"").lower() == b"websocket":
         return None
