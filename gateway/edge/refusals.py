@@ -117,7 +117,8 @@ def bad_request_handler(metrics: Metrics) -> Callable[[int, BaseException | None
             error: ApiError = HeadersTooLarge()
         elif isinstance(exc, web.HTTPException):
             error = _of_http(exc)
-        elif status < 500:
+        elif status < 500 or isinstance(exc, UnicodeEncodeError):
+            # aiohttp repeats an unknown `Expect` to its sender, and can't if it has bytes that are no UTF-8.
             error = BadRequest("The request is not valid HTTP.")
         else:
             log.error("a request escaped every handler", exc_info=exc, extra={"action": "request_crashed"})

@@ -5,6 +5,7 @@ connection is closed or waits within a bound; and when its client is gone nothin
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -210,17 +211,30 @@ class Answers:
         self.bodies[-1] += body
 
 
+class Told(logging.Handler):
+    """What was logged as an error."""
+
+    def __init__(self, failures: list[Any]) -> None:
+        super().__init__(logging.ERROR)
+        self._failures = failures
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failures.append((record.getMessage(), record.exc_info))
+
+
 class World:
     """The edge, and how many requests it has taken."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._failures: list[dict[str, Any]] = []
+        self._failures: list[Any] = []  # what escaped, and errors that were logged
+        self._told = Told(self._failures)
         self._skipped_s = 0.0
 
     async def start(self) -> None:
         """Build it in the running loop."""
         loop = asyncio.get_running_loop()
+        logging.getLogger().addHandler(self._told)
         loop.set_exception_handler(lambda _, context: self._failures.append(context))
         app = web.Application(client_max_size=SETTINGS.body_bytes_max)
         app.router.add_route("*", "/{path:.*}", self._cold)
@@ -342,6 +356,7 @@ class World:
 
     async def stop(self) -> None:
         """Nothing is running any more."""
+        logging.getLogger().removeHandler(self._told)
         await self._runner.cleanup()
 
 

@@ -458,6 +458,13 @@ async def test_nothing_follows_a_request_without_a_version(gw):
         assert await client.is_closed()
 
 
+async def test_an_expectation_of_odd_bytes_is_a_400_and_no_traceback(gw, caplog):
+    async with wire(gw) as client:
+        await client.send(chat(gw, UNKNOWN, "expect: \xff"))
+        assert is_openai(await client.reply(), 400, None)
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 TAKEN = {
     "lengths with zeros in front": with_fields("content-length: 0000"),
     "tabs around a length": with_fields("content-length:\t0 "),
