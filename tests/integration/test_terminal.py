@@ -26,6 +26,11 @@ with heeded_signals() as signals, open(sys.argv[1], "a", buffering=1) as told:
 """
 
 
+def _heed_hangups() -> None:
+    """Also where the tests themselves were told not to (nohup)."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("has_terminal", [True, False])
 def test_a_hangup_is_told_from_a_wish_to_reload(tmp_path: Path, has_terminal: bool):
     told = tmp_path / "told"
@@ -35,7 +40,7 @@ def test_a_hangup_is_told_from_a_wish_to_reload(tmp_path: Path, has_terminal: bo
     command = f'exec <"{os.ttyname(theirs)}"; "{sys.executable}" -c "$0" "{told}"; exit'
     process = subprocess.Popen(
         ["sh", "-c", command, HEEDING] if has_terminal else [sys.executable, "-c", HEEDING, str(told)],
-        cwd=ROOT, start_new_session=True,
+        cwd=ROOT, start_new_session=True, preexec_fn=_heed_hangups,
     )  # fmt: skip
     try:
         wait_until(lambda: told.read_text() == "heeds\n")

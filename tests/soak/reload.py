@@ -29,7 +29,7 @@ from nodes.protocol import EngineReport, Heartbeat, ModelInfo
 from tests.fakes.engine import FakeEngine
 from tests.fakes.gateway_process import GatewayProcess
 from tests.soak.crowd import GIVE_UP_S, TOKENS, Crowd, crowd
-from tests.waiting import eventually
+from tests.waiting import eventually, wait_until
 
 KNOBS = {"ttft_ms": 20.0, "pace_ms": 15.0, "jitter": 0.3}
 WORKERS, WORKERS_MORE = 2, 3
@@ -94,6 +94,7 @@ class Running:
         ports: dict[psutil.Process, set[int]] = {}
         for worker in self.gateway.workers():
             worker.suspend()  # what it has not accepted by now, another will
+            wait_until(lambda: worker.status() == psutil.STATUS_STOPPED)  # noqa: B023 - called here
             ports[worker] = self.gateway.client_ports(worker)
         victim = max(ports, key=lambda worker: len(ports[worker]))
         self.broken |= ports[victim]
