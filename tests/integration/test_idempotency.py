@@ -21,6 +21,7 @@ from billing.idempotency import (
     Verdict,
     trim_claims,
 )
+from billing.limits.headers import NOTHING_TOLD, Told
 from billing.shipment import FINISH_CLAIMS
 from config.defaults import Settings
 from config.embedded import EmbeddedStores
@@ -280,8 +281,8 @@ class Client:
         self.data = b""
         self.drains = 0
 
-    def start(self, headers: Mapping[str, str]) -> None:
-        self.is_started, self.headers = True, dict(headers)
+    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
+        self.is_started, self.headers = True, {**headers, **told}
 
     def write(self, data: bytes) -> None:
         self.data += data
@@ -290,8 +291,8 @@ class Client:
         self.write(data)
         self.is_finished = True
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        self.start(headers)
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
+        self.start(headers, told)
         self.finish(body)
 
     async def drained(self) -> None:
@@ -570,10 +571,10 @@ def test_an_answer_that_did_not_end_is_not_kept() -> None:
 @pytest.mark.parametrize("key", ["", "x" * 256, "with space", "ümlaut", "tab\t", "line\n"])
 def test_a_key_that_is_no_key_is_refused(key: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        key_of({"Idempotency-Key": key})
+        key_of(key)
     assert caught.value.wire_code == "invalid_idempotency_key"
 
 
 def test_keys_are_optional_and_up_to_255_visible_characters() -> None:
-    assert key_of({}) is None
-    assert key_of({"Idempotency-Key": "~!" + "x" * 253}) == "~!" + "x" * 253
+    assert key_of(None) is None
+    assert key_of("~!" + "x" * 253) == "~!" + "x" * 253
