@@ -111,7 +111,7 @@ class Ground:
     @asynccontextmanager
     async def database(self, folder: Path) -> AsyncIterator[tuple[Settings, asyncpg.Pool]]:
         """A fresh one, as settings, with a pool of our own in it."""
-        url = await _fresh_database(self.stores.database_url, f"bench_{next(self._numbers)}")
+        url = await fresh_database(self.stores.database_url, f"bench_{next(self._numbers)}")
         settings = load_settings(
             environ={}, database_url=url, redis_url=self.stores.redis_url, data_dir=str(folder / "data"),
             key_pepper="pepper-of-the-bench", heartbeat_interval_s=600.0, heartbeat_grace_s=3600.0,
@@ -154,7 +154,8 @@ async def _on(stores: EmbeddedStores, folder: Path, measure: Callable[[Ground], 
         return await measure(Ground(stores, engine, load, folder))
 
 
-async def _fresh_database(server_url: str, name: str) -> str:
+async def fresh_database(server_url: str, name: str) -> str:
+    """The address of a new database `name` with our tables, on the server of the stores."""
     connection = await asyncpg.connect(server_url)
     try:
         await connection.execute(f"create database {name}")

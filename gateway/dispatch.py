@@ -109,13 +109,11 @@ class Dispatcher:
         raise faults[-1].error
 
     def _may_go_on(self, turn: Turn, tried: list[Engine], last: EngineFault) -> bool:
-        is_begun = turn.first_event_s is not None and not turn.ask.gathers
-        return not is_begun and last.may_retry and len(tried) < self._settings.dispatch_attempts_max
+        return not turn.is_begun and last.may_retry and len(tried) < self._settings.dispatch_attempts_max
 
     def _fail(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
         self._note(turn, engine, fault)
-        is_begun = turn.first_event_s is not None and not turn.ask.gathers
-        turn.outcome = "engine_failed" if fault.may_retry or is_begun else "refused"
+        turn.outcome = "engine_failed" if fault.may_retry or turn.is_begun else "refused"
 
     # --- without a task -----------------------------------------------------------------------------------------
 

@@ -116,6 +116,11 @@ class Turn:
         self.tokens = Tokens(prompt, tokens.cached, completion, tokens.estimated)
 
     @property
+    def is_begun(self) -> bool:
+        """Its client may have got some of an answer: no other engine can start over."""
+        return self.first_event_s is not None and not self.ask.gathers
+
+    @property
     def paid_tokens(self) -> int:
         """Output tokens that the hold is for."""
         return self.bound.completion_tokens + self.overrun_tokens

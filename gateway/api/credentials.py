@@ -3,6 +3,8 @@
 A key in a query works because contracts say so; it never reaches a log, since paths are logged without their query.
 """
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from gateway.api.services import KEYRING
@@ -13,20 +15,18 @@ NO_KEY = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' 
 
 
 def presented_key(request: web.Request) -> str | None:
-    """The API key that a request carries; the header that OpenAI's SDKs send comes first."""
-    headers = request.headers
-    authorization = headers.get("Authorization")
+    """The API key that a request carries, in a header or else in its query."""
+    return key_in(request.headers.get) or request.query.get("key") or None
+
+
+def key_in(header: Callable[[str], str | None]) -> str | None:
+    """The API key in a request's headers, each of which `header` tells; the one that OpenAI's SDKs send comes first."""
+    authorization = header("authorization")
     if authorization is not None:
         scheme, _, value = authorization.partition(" ")
         if scheme.lower() == "bearer" and value.strip():
             return value.strip()
-    return (
-        headers.get("X-API-Key")
-        or headers.get("x-renter-key")
-        or headers.get("x-provider-key")
-        or request.query.get("key")
-        or None
-    )
+    return header("x-api-key") or header("x-renter-key") or header("x-provider-key") or None
 
 
 async def authenticate(request: web.Request, scope: str) -> Principal:

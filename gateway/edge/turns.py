@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from config.defaults import Settings
 from config.metrics import Metrics
-from gateway.api.credentials import NO_KEY, check_scope, principal_of
+from gateway.api.credentials import NO_KEY, check_scope, key_in, principal_of
 from gateway.api.inference import SCOPE, AskOf, log_crash
 from gateway.dispatch import Flight
 from gateway.edge.head import Head
@@ -64,17 +64,14 @@ class EdgeTurns:
         return secret is not None and self.keyring.lookup(secret) is not None
 
     def secret_of(self, head: Head) -> str | None:
-        """The key that a request presents, as `gateway.api.credentials.presented_key` finds it."""
+        """The key that a request presents."""
         fields = head.all_fields()
-        scheme, _, value = fields.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not value.strip():
-            value = (
-                fields.get(b"x-api-key")
-                or fields.get(b"x-renter-key")
-                or fields.get(b"x-provider-key")
-                or b""
-            )
-        return value.strip().decode("utf-8", "surrogateescape") or None
+
+        def header(name: str) -> str | None:
+            value = fields.get(name.encode())
+            return None if value is None else value.decode("utf-8", "surrogateescape")
+
+        return key_in(header)
 
 
 class EdgeTurn(HttpDownstream):

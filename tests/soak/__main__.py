@@ -15,11 +15,12 @@ from typing import Any
 import asyncpg
 import uvloop
 
+from bench.ground import fresh_database
 from bench.machine import machine
 from bench.processes import ROOT
 from config.defaults import Settings
 from config.embedded import EmbeddedStores
-from config.postgres import migrate, open_pool
+from config.postgres import open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
 from tests.soak import cuts, fuzz, killed, limits, memory, money_crash, reload, simulation, stalled, streams
@@ -133,7 +134,7 @@ async def _in_database(
     case: Case, stores: EmbeddedStores, folder: Path, tell: Callable[[str], None], *, is_short: bool
 ) -> dict[str, float]:
     """A fresh database for each, so that its usage records are its own."""
-    url = await _fresh_database(stores.database_url, f"soak_{case.name}")
+    url = await fresh_database(stores.database_url, f"soak_{case.name}")
     settings = load_settings(
         environ={}, database_url=url, redis_url=stores.redis_url, data_dir=str(folder / "data"),
         key_pepper="pepper-of-the-soak", heartbeat_interval_s=0.5, heartbeat_grace_s=5.0,
@@ -141,18 +142,6 @@ async def _in_database(
     )  # fmt: skip
     async with asyncio.timeout(case.bound_s), await open_pool(url, max_size=4, timeout_s=30.0) as pool:
         return await case.run(settings, pool, folder, case.short if is_short else case.long, tell)
-
-
-async def _fresh_database(server_url: str, name: str) -> str:
-    connection = await asyncpg.connect(server_url)
-    try:
-        await connection.execute(f"create database {name}")
-    finally:
-        await connection.close()
-    url = server_url.replace("/postgres?", f"/{name}?")
-    assert url != server_url, "the stores' address has another shape"
-    await migrate(url)
-    return url
 
 
 if __name__ == "__main__":
