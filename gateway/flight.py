@@ -92,8 +92,8 @@ class Flight:
         if connection is not None:  # else it is the end of one that was closed here
             try:
                 self._look(connection)
-            except Exception as error:  # noqa: BLE001 - it is told to whoever goes on from here
-                self.fail(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the answer
+                self._break(error)
 
     def late(self, now_s: float) -> None:
         """`due_s` is over."""
@@ -102,7 +102,13 @@ class Flight:
             try:
                 self._look_late(connection, now_s)
             except Exception as error:  # noqa: BLE001 - as above
-                self.fail(error)
+                self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """It is told to whoever goes on from here; what breaks after the landing is nobody's answer, and must be seen."""
+        if self._connection is None:
+            raise error
+        self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """There is no answer, because of `error`."""

@@ -207,6 +207,9 @@ class UpstreamConnection(asyncio.Protocol):
             self._keeps_alive = False
         self._lacking -= len(body)
         self.complete = self._lacking == 0
+        if self._sink is not None:
+            self._pass_on(body)
+            return
         self._buffer(body)
         if self.complete:
             self.resume()

@@ -235,3 +235,14 @@ async def test_silence_is_counted_from_the_last_piece() -> None:
     air.flight.late(air.flight.due_s)
     assert isinstance(air.flight.error, EngineFault)
     assert "chunk_timeout_s" in air.flight.error.cause
+
+
+async def test_what_breaks_after_the_landing_is_not_lost() -> None:
+    def broken(_: Flight) -> None:
+        raise RuntimeError("whoever was told")
+
+    air = Air()
+    air.flight._landed = broken
+    air.says(HEAD)
+    with pytest.raises(RuntimeError, match="whoever was told"):
+        air.connection.connection_lost(None)

@@ -523,3 +523,14 @@ async def test_a_head_with_anything_else_is_llhttps_to_judge(field):
     assert upstream.PLAIN_HEAD.match(PLAIN)
     assert not upstream.PLAIN_HEAD.match(data)
     assert not upstream.PLAIN_HEAD.match(PLAIN.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n"))
+
+
+async def test_the_rest_of_a_plain_answer_goes_to_the_sink_too(pool, peer):
+    connection, got = await begun(pool), []
+    await peer.heard()
+    await peer.says(PLAIN + b"12")
+    await eventually(lambda: connection.buffered == 2)
+    connection.attach(got.append)
+    await peer.says(b"345")
+    await over(connection)
+    assert (connection.take(), got, connection.complete) == (b"12", [b"345"], True)
