@@ -5,16 +5,17 @@ PostgreSQL's clock decides who is late. The picture that turns are routed by is 
 
 import ipaddress
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
 
 from nodes.protocol import EngineReport, Heartbeat
+from nodes.telemetry import telemetry_of
 
 
 class EngineUrlRefused(ValueError):
@@ -23,6 +24,10 @@ class EngineUrlRefused(ValueError):
 
 class NodeOfAnother(Exception):
     """The node id belongs to another provider."""
+
+
+class TooManyNodes(Exception):
+    """The provider has as many nodes as one may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class NodeLease:
 
     epoch: int
     state: str
+    preload_model: str = ""  # that it is asked to load; empty: none
 
 
 class NodeStore:
@@ -98,21 +104,28 @@ class NodeStore:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def record(self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport]) -> NodeLease:
-        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother."""
+    async def record(
+        self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], *, credit_s: float = 90.0,
+        nodes_max: int = 10_000,
+    ) -> NodeLease:  # fmt: skip
+        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, TooManyNodes.
+
+        The time since the one before counts as up, at most `credit_s` of it.
+        """
         async with self._pool.acquire() as connection, connection.transaction():
-            lease = await connection.fetchrow(
-                BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
-                orjson.dumps(beat.gpu_status).decode(), beat.agent_version,
-            )  # fmt: skip
+            lease = await connection.fetchrow(BEAT, *_beat_values(account_id, beat), credit_s, nodes_max)
             if lease is None:
-                raise NodeOfAnother
+                await _refuse_node(connection, beat.node_id)
             await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
             await connection.execute(
                 "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
                 uuid.UUID(beat.node_id), [engine.engine_id for engine in engines],
             )  # fmt: skip
-        return NodeLease(lease["epoch"], lease["state"])
+            if counters := [
+                _counter_values(beat.node_id, engine) for engine in engines if engine.tells_usage
+            ]:
+                await connection.executemany(COUNTERS, counters)
+        return NodeLease(lease["epoch"], lease["state"], lease["preload_model"])
 
     async def ready_engines(self) -> tuple[list[EngineRow], int]:
         """Every engine that may serve, and the number of nodes online."""
@@ -124,6 +137,34 @@ class NodeStore:
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
         return [_engine_row(row) for row in rows], online
 
+    async def connected(
+        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str = "",
+        nodes_max: int = 10_000,
+    ) -> None:  # fmt: skip
+        """An agent has told whether its host is ready; its node is made if it is new.
+
+        Raises NodeOfAnother, TooManyNodes.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            done = await connection.fetchval(
+                CONNECTED,
+                uuid.UUID(node_id),
+                account_id,
+                hostname,
+                orjson.dumps(readiness).decode(),
+                nodes_max,
+            )
+            if not done:
+                await _refuse_node(connection, node_id)
+
+    async def ask_preload(self, node_id: str, model: str) -> bool:
+        """Have the node load a model: each heartbeat's reply says so until an engine serves it. False: no such node."""
+        return bool(
+            await self._pool.fetchval(
+                "update nodes set preload_model = $2 where id = $1 returning true", uuid.UUID(node_id), model
+            )
+        )
+
     async def expire(self, before: datetime) -> list[str]:
         """Nodes that were last heard of before that, by PostgreSQL's clock, go offline; their ids.
 
@@ -133,20 +174,41 @@ class NodeStore:
         return [str(row["id"]) for row in rows]
 
 
-# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
+# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused. A model that
+# was to be loaded, and is, is asked for no more.
 BEAT = """
-insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version)
-values ($1, $2, $3, 'online', clock_timestamp(), $4, $5::jsonb, $6)
-on conflict (id) do update set
-    hostname = excluded.hostname,
-    state = case when nodes.state in ('registered', 'connected', 'offline') then 'online' else nodes.state end,
-    epoch = nodes.epoch + (nodes.state = 'offline')::int,
-    last_heartbeat_at = excluded.last_heartbeat_at,
-    cached_models = excluded.cached_models,
-    gpu_status = excluded.gpu_status,
-    agent_version = excluded.agent_version
-where nodes.account_id = excluded.account_id
-returning epoch, state
+with beat as (
+    insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version,
+        gpu_name, gpu_count, vram_mib, compute_capability, cuda_version, driver_version)
+    select $1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
+        clock_timestamp(), $4, $5::jsonb, $6, $8, $9, $10, $11, $12, $13
+    where exists (select from nodes where id = $1)
+       or (select count(*) from (select from nodes where account_id = $2 limit $20) as known) < $20
+    on conflict (id) do update set
+        hostname = excluded.hostname,
+        state = case
+            when nodes.state in ('registered', 'connected', 'offline') then excluded.state else nodes.state end,
+        epoch = nodes.epoch + (nodes.state = 'offline')::int,
+        last_heartbeat_at = excluded.last_heartbeat_at,
+        cached_models = excluded.cached_models,
+        gpu_status = excluded.gpu_status,
+        agent_version = excluded.agent_version,
+        gpu_name = excluded.gpu_name, gpu_count = excluded.gpu_count, vram_mib = excluded.vram_mib,
+        compute_capability = excluded.compute_capability, cuda_version = excluded.cuda_version,
+        driver_version = excluded.driver_version,
+        preload_model = case when nodes.preload_model = any ($7) then '' else nodes.preload_model end,
+        up_s = nodes.up_s + coalesce(least(
+            extract(epoch from excluded.last_heartbeat_at - nodes.last_heartbeat_at), $19), 0)
+    where nodes.account_id = excluded.account_id
+    returning id, epoch, state, preload_model
+), sample as (
+    insert into gpu_samples (node_id, minute, util_pct, vram_used_mib, vram_free_mib, temp_c, power_w)
+    select id, date_trunc('minute', clock_timestamp()), $14, $15, $16, $17, $18 from beat where $9 > 0
+    on conflict (node_id, minute) do update set
+        util_pct = excluded.util_pct, vram_used_mib = excluded.vram_used_mib,
+        vram_free_mib = excluded.vram_free_mib, temp_c = excluded.temp_c, power_w = excluded.power_w
+)
+select epoch, state, preload_model from beat
 """
 
 ENGINE = """
@@ -158,17 +220,47 @@ on conflict (node_id, engine_id) do update set
     updated_at = clock_timestamp()
 """
 
+CONNECTED = """
+insert into nodes (id, account_id, hostname, state, readiness)
+select $1, $2, $3, 'connected', $4::jsonb
+where exists (select from nodes where id = $1)
+   or (select count(*) from (select from nodes where account_id = $2 limit $5) as known) < $5
+on conflict (id) do update set
+    state = case when nodes.state = 'registered' then 'connected' else nodes.state end,
+    readiness = excluded.readiness
+where nodes.account_id = excluded.account_id
+returning true
+"""
+
+# An engine's counters begin anew with each of its starts; what it told before it was first heard counts for nothing.
+COUNTERS = """
+insert into engine_usage as u (node_id, engine_id, counter_prompt, counter_completion) values ($1, $2, $3, $4)
+on conflict (node_id, engine_id) do update set
+    reported_prompt = u.reported_prompt + coalesce(excluded.counter_prompt - case
+        when u.counter_prompt is null then excluded.counter_prompt
+        when excluded.counter_prompt >= u.counter_prompt then u.counter_prompt else 0 end, 0),
+    reported_completion = u.reported_completion + coalesce(excluded.counter_completion - case
+        when u.counter_completion is null then excluded.counter_completion
+        when excluded.counter_completion >= u.counter_completion then u.counter_completion else 0 end, 0),
+    checked_relayed_prompt = case
+        when u.counter_prompt is null then u.relayed_prompt else u.checked_relayed_prompt end,
+    checked_relayed_completion = case
+        when u.counter_completion is null then u.relayed_completion else u.checked_relayed_completion end,
+    counter_prompt = excluded.counter_prompt,
+    counter_completion = excluded.counter_completion
+"""
+
 READY = """
 select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
-from nodes n join engines e on e.node_id = n.id
-where n.state = 'online' and e.state = 'ready'
+from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
+where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id
 """
 
 EXPIRE = """
 update nodes set state = 'offline'
 where state in ('registered', 'connected', 'online', 'paused', 'draining')
-  and last_heartbeat_at < $1
+  and coalesce(last_heartbeat_at, created_at) < $1
 returning id
 """
 
@@ -181,6 +273,28 @@ def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
             raise ValueError(host)
         return ip.ipv4_mapped or ip
     return ip
+
+
+async def _refuse_node(connection: Any, node_id: str) -> NoReturn:
+    """Nothing was written: tell why."""
+    if await connection.fetchval("select true from nodes where id = $1", uuid.UUID(node_id)):
+        raise NodeOfAnother
+    raise TooManyNodes
+
+
+def _beat_values(account_id: int, beat: Heartbeat) -> tuple[Any, ...]:
+    gpus = telemetry_of(beat.gpu_status)
+    served = {model.id for engine in beat.engines for model in engine.models}
+    return (
+        uuid.UUID(beat.node_id), account_id, beat.provider_hostname, list(beat.cached_models),
+        orjson.dumps(beat.gpu_status).decode(), beat.agent_version, list(served), gpus.gpu_name, gpus.gpu_count,
+        gpus.vram_mib, gpus.compute_capability, gpus.cuda_version, gpus.driver_version, gpus.util_pct,
+        gpus.vram_used_mib, gpus.vram_free_mib, gpus.temp_c, gpus.power_w,
+    )  # fmt: skip
+
+
+def _counter_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
+    return uuid.UUID(node_id), engine.engine_id, engine.prompt_tokens, engine.completion_tokens
 
 
 def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
