@@ -300,3 +300,23 @@ async def execute(url: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close()
+
+
+def test_a_provider_is_listed_rejected_and_approved(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme")
+    made = as_json(cli("account", "create", "--name", "rack-1", "--provider", "--json"))
+    (listed,) = as_json(cli("node", "list", "--json"))
+    assert (listed["id"], listed["name"], listed["approval"], listed["status"]) == (
+        made["id"], "rack-1", "approved", "registered",
+    )  # fmt: skip
+    assert as_json(cli("node", "reject", "rack-1", "--json"))["approval"] == "rejected"
+    assert "rejected" in cli("node", "list")
+    assert "its nodes may take work" in cli("node", "approve", str(made["id"]))
+    assert "acme is no provider" in cli("node", "approve", "acme", code=1)
+    assert "no account 'nobody'" in cli("node", "approve", "nobody", code=1)
+
+
+def test_only_a_node_that_there_is_can_be_asked_to_load_a_model(cli: Cli) -> None:
+    cli("account", "list")
+    assert "no node id" in cli("node", "preload", "rack-1", "m", code=1)
+    assert "there is no node" in cli("node", "preload", "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b", "m", code=1)

@@ -1,0 +1,141 @@
+"""Owns `poolgate node`: who brought nodes, whether they may take work, and what a node is to load.
+
+Providers and nodes as such are nodes/providers.py's and nodes/heartbeats.py's.
+"""
+
+import argparse
+import uuid
+from typing import Any
+
+import asyncpg
+
+from config.defaults import Settings
+from gateway.cli.account import find_account
+from gateway.cli.output import Refused, print_json, print_table, when
+from gateway.cli.parsing import Parser, add_command, add_group, json_option, settings_options
+from gateway.cli.stores import with_database
+from gateway.identity.accounts import AccountStore
+from nodes.heartbeats import NodeStore
+from nodes.providers import Provider, ProviderStore, UnknownProvider
+
+DETAILS = """\
+A provider registers itself, and its nodes take work when it is approved (unless the setting
+provider_approval is `automatic`). What is changed here holds within a second."""
+
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = add_command(
+        commands, "node", "list providers of nodes, approve or refuse them", details=DETAILS,
+        examples="  poolgate node list\n  poolgate node approve 42",
+    )  # fmt: skip
+    group = add_group(parser)
+    shared = (settings_options(), json_option())
+
+    add_command(
+        group, "list", "list the providers and their nodes", run=run_list, options=shared,
+        examples="  poolgate node list\n  poolgate node list --json | jq '.[] | select(.approval == \"pending\").id'",
+    )  # fmt: skip
+
+    for name, summary, approval in (
+        ("approve", "let a provider's nodes take work", "approved"),
+        ("reject", "refuse a provider's nodes, or take its approval back", "rejected"),
+    ):
+        decide = add_command(
+            group, name, summary, run=run_decide, options=shared, examples=f"  poolgate node {name} 42"
+        )
+        decide.add_argument("provider", metavar="PROVIDER", help="id or account name of the provider")
+        decide.set_defaults(approval=approval)
+
+    preload = add_command(
+        group, "preload", "have a node load a model", run=run_preload, options=shared,
+        details="The node's agent is told in the reply to its next heartbeat, and until an engine serves the model.",
+        examples="  poolgate node preload 0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b meta-llama/Llama-3.1-8B",
+    )  # fmt: skip
+    preload.add_argument("node", metavar="NODE", help="id of the node")
+    preload.add_argument("model", metavar="MODEL", help="what to load; `none` takes back what was asked")
+
+
+def run_list(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, _settings: Settings) -> list[Provider]:
+        return await ProviderStore(pool).all()
+
+    providers = with_database(args, work)
+    if args.json:
+        print_json([as_json(provider) for provider in providers])
+        return 0
+    print_table(
+        ("ID", "PROVIDER", "EMAIL", "APPROVAL", "STATUS", ">NODES", "GPU", ">UPTIME", ">SCORE", "LAST HEARD"),
+        [
+            (
+                each.id, each.name, each.email or "", each.approval_status, each.status,
+                sum(each.states.values()), each.gpu_model, percent(each.uptime_percent),
+                percent(each.reliability_score),
+                when(each.last_heartbeat_at) if each.last_heartbeat_at else "",
+            )
+            for each in providers
+        ],
+        empty="no providers yet: they register at /api/providers/register",
+    )  # fmt: skip
+    return 0
+
+
+def run_decide(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, _settings: Settings) -> Provider:
+        accounts, providers = AccountStore(pool), ProviderStore(pool)
+        account = await find_account(accounts, args.provider)
+        try:
+            await providers.standing(account.id)
+        except UnknownProvider:
+            raise Refused(f"{account.name} is no provider: `poolgate node list` shows them") from None
+        await accounts.set_approval(account.id, args.approval)
+        return await providers.show(account.id)
+
+    provider = with_database(args, work)
+    if args.json:
+        print_json(as_json(provider))
+    elif args.approval == "approved":
+        print(f"{provider.name} (id {provider.id}) is approved: its nodes may take work")
+    else:
+        print(f"{provider.name} (id {provider.id}) is rejected: its nodes take no work")
+    return 0
+
+
+def run_preload(args: argparse.Namespace) -> int:
+    try:
+        node_id = str(uuid.UUID(args.node))
+    except ValueError:
+        raise Refused(f"{args.node!r} is no node id: it is a UUID") from None
+    model = "" if args.model == "none" else args.model
+
+    async def work(pool: asyncpg.Pool, _settings: Settings) -> bool:
+        return await NodeStore(pool).ask_preload(node_id, model)
+
+    if not with_database(args, work):
+        raise Refused(f"there is no node {node_id}")
+    if args.json:
+        print_json({"node_id": node_id, "preload_model": model or None})
+    elif model:
+        print(f"node {node_id} is asked to load {model} with its next heartbeat")
+    else:
+        print(f"node {node_id} is asked to load nothing")
+    return 0
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"
+
+
+def as_json(provider: Provider) -> dict[str, Any]:
+    heard = provider.last_heartbeat_at
+    return {
+        "id": provider.id,
+        "name": provider.name,
+        "email": provider.email,
+        "approval": provider.approval_status,
+        "status": provider.status,
+        "nodes": dict(provider.states),
+        "gpu_model": provider.gpu_model,
+        "uptime_percent": provider.uptime_percent,
+        "reliability_score": provider.reliability_score,
+        "last_heartbeat_at": heard.isoformat() if heard else None,
+    }
