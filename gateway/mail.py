@@ -19,6 +19,7 @@ from config.ids import uuid7
 TIMEOUT_S = 20.0
 """Of each step with the server; nobody waits for it."""
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PORTS = {"smtp": 587, "smtps": 465}
 
 
@@ -54,6 +55,9 @@ class SmtpMailer:
         self._user = unquote(parts.username) if parts.username else None
         self._password = unquote(parts.password) if parts.password else None
         self._is_tls = parts.scheme == "smtps"
+        # A password travels in the clear within this machine only.
+        needs_tls = self._password is not None and not self._is_tls and self._host not in LOOPBACK
+        self._starts_tls = True if needs_tls else None  # None: where it is offered
 
     def __repr__(self) -> str:
         return f"<SmtpMailer {self._host}:{self._port}>"
@@ -63,7 +67,8 @@ class SmtpMailer:
         try:
             await aiosmtplib.send(
                 _message(self._sender, to, subject, text), hostname=self._host, port=self._port,
-                username=self._user, password=self._password, use_tls=self._is_tls, timeout=TIMEOUT_S,
+                username=self._user, password=self._password, use_tls=self._is_tls, start_tls=self._starts_tls,
+                timeout=TIMEOUT_S,
             )  # fmt: skip
         except (aiosmtplib.SMTPException, OSError, TimeoutError, ValueError) as error:
             raise MailFailed(type(error).__name__) from error

@@ -165,6 +165,25 @@ class NodeStore:
             )
         )
 
+    async def take_out(self, node_id: str, state: str) -> bool:
+        """No new turns to a node: `draining` until it is released or comes back from a silence, `suspended` until it is
+        released. False: no such node.
+        """
+        assert state in ("draining", "suspended")
+        return bool(
+            await self._pool.fetchval(
+                "update nodes set state = $2 where id = $1 returning true", uuid.UUID(node_id), state
+            )
+        )
+
+    async def release(self, node_id: str, grace_s: float) -> str | None:
+        """Turns may go to a node again, unless its provider is paused or it was silent for `grace_s`: its state then.
+
+        None: no such node.
+        """
+        state: str | None = await self._pool.fetchval(RELEASE, uuid.UUID(node_id), grace_s)
+        return state
+
     async def expire(self, before: datetime) -> list[str]:
         """Nodes that were last heard of before that, by PostgreSQL's clock, go offline; their ids.
 
@@ -248,6 +267,15 @@ on conflict (node_id, engine_id) do update set
         when u.counter_completion is null then u.relayed_completion else u.checked_relayed_completion end,
     counter_prompt = excluded.counter_prompt,
     counter_completion = excluded.counter_completion
+"""
+
+RELEASE = """
+update nodes n set state = case
+    when n.state not in ('draining', 'suspended') then n.state
+    when coalesce(n.last_heartbeat_at, n.created_at) < clock_timestamp() - make_interval(secs => $2) then 'offline'
+    when (select is_paused from providers where account_id = n.account_id) then 'paused'
+    else 'online' end
+where id = $1 returning state
 """
 
 READY = """

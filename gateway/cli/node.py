@@ -1,4 +1,4 @@
-"""Owns `poolgate node`: who brought nodes, whether they may take work, and what a node is to load.
+"""Owns `poolgate node`: who brought nodes, whether they may take work, and what a node is to load or to leave.
 
 Providers and nodes as such are nodes/providers.py's and nodes/heartbeats.py's.
 """
@@ -15,6 +15,7 @@ from gateway.cli.output import Refused, print_json, print_table, when
 from gateway.cli.parsing import Parser, add_command, add_group, json_option, settings_options
 from gateway.cli.stores import with_database
 from gateway.identity.accounts import AccountStore
+from nodes.events import EventStore
 from nodes.heartbeats import NodeStore
 from nodes.providers import Provider, ProviderStore, UnknownProvider
 
@@ -25,7 +26,7 @@ provider_approval is `automatic`). What is changed here holds within a second.""
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = add_command(
-        commands, "node", "list providers of nodes, approve or refuse them", details=DETAILS,
+        commands, "node", "list providers and nodes, approve or refuse them", details=DETAILS,
         examples="  poolgate node list\n  poolgate node approve 42",
     )  # fmt: skip
     group = add_group(parser)
@@ -45,6 +46,39 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         )
         decide.add_argument("provider", metavar="PROVIDER", help="id or account name of the provider")
         decide.set_defaults(approval=approval)
+
+    show = add_command(
+        group, "show", "list the nodes of a provider", run=run_show, options=shared,
+        examples="  poolgate node show 42\n  poolgate node show rack-1 --json",
+    )  # fmt: skip
+    show.add_argument("provider", metavar="PROVIDER", help="id or account name of the provider")
+
+    for name, summary, state, details in (
+        (
+            "drain",
+            "send no new turns to a node",
+            "draining",
+            "It comes back when it is released, or restarted.",
+        ),
+        (
+            "suspend",
+            "send no turns to a node until it is released",
+            "suspended",
+            "Whatever it reports meanwhile.",
+        ),
+        (
+            "release",
+            "let turns go to a drained or suspended node again",
+            "",
+            "Unless its provider is paused.",
+        ),
+    ):
+        move = add_command(
+            group, name, summary, run=run_move, options=shared, details=details,
+            examples=f"  poolgate node {name} 0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b",
+        )  # fmt: skip
+        move.add_argument("node", metavar="NODE", help="id of the node: `poolgate node show` tells it")
+        move.set_defaults(state=state)
 
     preload = add_command(
         group, "preload", "have a node load a model", run=run_preload, options=shared,
@@ -79,6 +113,38 @@ def run_list(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_show(args: argparse.Namespace) -> int:
+    async def work(pool: asyncpg.Pool, _settings: Settings) -> list[dict[str, Any]]:
+        account = await find_account(AccountStore(pool), args.provider)
+        return await EventStore(pool).runtime(account.id)
+
+    nodes = with_database(args, work)
+    if args.json:
+        print_json(
+            [
+                {
+                    "node_id": node["node_id"], "hostname": node["hostname"], "state": node["state"],
+                    "agent_version": node["agent_version"],
+                    "last_heartbeat_at": node["last_heartbeat_at"] and node["last_heartbeat_at"].isoformat(),
+                }
+                for node in nodes
+            ]
+        )  # fmt: skip
+        return 0
+    print_table(
+        ("NODE", "HOST", "STATE", "AGENT", "LAST HEARD"),
+        [
+            (
+                node["node_id"], node["hostname"], node["state"], node["agent_version"],
+                when(node["last_heartbeat_at"]) if node["last_heartbeat_at"] else "",
+            )
+            for node in nodes
+        ],
+        empty="no nodes yet: an agent with a key of this provider brings the first one",
+    )  # fmt: skip
+    return 0
+
+
 def run_decide(args: argparse.Namespace) -> int:
     async def work(pool: asyncpg.Pool, _settings: Settings) -> Provider:
         accounts, providers = AccountStore(pool), ProviderStore(pool)
@@ -100,11 +166,27 @@ def run_decide(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_move(args: argparse.Namespace) -> int:
+    node_id = node_id_of(args.node)
+
+    async def work(pool: asyncpg.Pool, settings: Settings) -> str | None:
+        store = NodeStore(pool)
+        if not args.state:
+            return await store.release(node_id, settings.heartbeat_grace_s)
+        return args.state if await store.take_out(node_id, args.state) else None
+
+    state = with_database(args, work)
+    if state is None:
+        raise Refused(f"there is no node {node_id}")
+    if args.json:
+        print_json({"node_id": node_id, "state": state})
+    else:
+        print(f"node {node_id} is {state}")
+    return 0
+
+
 def run_preload(args: argparse.Namespace) -> int:
-    try:
-        node_id = str(uuid.UUID(args.node))
-    except ValueError:
-        raise Refused(f"{args.node!r} is no node id: it is a UUID") from None
+    node_id = node_id_of(args.node)
     model = "" if args.model == "none" else args.model
 
     async def work(pool: asyncpg.Pool, _settings: Settings) -> bool:
@@ -119,6 +201,13 @@ def run_preload(args: argparse.Namespace) -> int:
     else:
         print(f"node {node_id} is asked to load nothing")
     return 0
+
+
+def node_id_of(typed: str) -> str:
+    try:
+        return str(uuid.UUID(typed))
+    except ValueError:
+        raise Refused(f"{typed!r} is no node id: it is a UUID") from None
 
 
 def percent(value: float | None) -> str:

@@ -18,6 +18,8 @@ from gateway.__main__ import main
 from gateway.cli.usage import CHART_COLUMNS, chart
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import hash_secret, load_pepper
+from nodes.heartbeats import NodeStore
+from nodes.protocol import Heartbeat
 from tests.conftest import database_named
 from tests.journals import ship_everything, turn
 
@@ -320,3 +322,23 @@ def test_only_a_node_that_there_is_can_be_asked_to_load_a_model(cli: Cli) -> Non
     cli("account", "list")
     assert "no node id" in cli("node", "preload", "rack-1", "m", code=1)
     assert "there is no node" in cli("node", "preload", "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b", "m", code=1)
+
+
+def test_a_node_is_drained_suspended_and_released(cli: Cli, settings: Settings) -> None:
+    made = as_json(cli("account", "create", "--name", "rack-1", "--provider", "--json"))
+    node_id = "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b"
+
+    async def beat() -> str:
+        async with await open_pool(settings.database_url, max_size=1, timeout_s=5.0) as pool:
+            await NodeStore(pool).record(made["id"], Heartbeat(api_key="-", node_id=node_id), ())
+            return str(await pool.fetchval("select state from nodes"))
+
+    assert cli("node", "show", "rack-1").startswith("no nodes yet")
+    asyncio.run(beat())
+    for command, state in (("drain", "draining"), ("suspend", "suspended")):
+        assert as_json(cli("node", command, node_id, "--json"))["state"] == state
+        assert asyncio.run(beat()) == state
+    (shown,) = as_json(cli("node", "show", "rack-1", "--json"))
+    assert (shown["node_id"], shown["state"]) == (node_id, "suspended")
+    assert as_json(cli("node", "release", node_id, "--json"))["state"] == "online"
+    assert "is online" in cli("node", "release", node_id)

@@ -230,7 +230,7 @@ async def test_no_key_is_a_401_and_on_the_dashboard_what_the_contract_says(gw):
         assert (status, body.keys()) == (401, {"error", "request_id"}), path
     assert (await call(gw, "GET", "/api/providers/me"))[0] == 400
     status, body = await call(gw, "GET", "/api/providers/me?key=wrong-key")
-    assert (status, body["error"]) == (404, "Provider not found")
+    assert (status, body["error"]) == (404, "Provider not found.")
     assert (await call(gw, "GET", "/api/providers/status/wrong-key"))[0] == 401
     assert (await call(gw, "GET", "/api/providers/me", authorization=f"Bearer {gw.key}"))[0] == 403
 

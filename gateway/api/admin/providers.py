@@ -51,11 +51,11 @@ async def _decide(request: web.Request, approval: str) -> web.StreamResponse:
     who = await admin_of(request)
     asked = request.match_info["id"]
     if not asked.isascii() or not asked.isdigit() or len(asked) > 18:
-        raise NotFound("Provider not found")
+        raise NotFound("Provider not found.")
     try:
         provider = await request.app[PROVIDERS].show(int(asked))
     except UnknownProvider:
-        raise NotFound("Provider not found") from None
+        raise NotFound("Provider not found.") from None
     await request.app[ACCOUNTS].set_approval(provider.id, approval)
     log.info(
         "provider %d is %s, says %s", provider.id, approval, who,

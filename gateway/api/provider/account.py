@@ -42,7 +42,7 @@ class InvalidCode(ApiError):
 
 
 class ProviderNotFound(InvalidApiKey):
-    """Provider not found"""
+    """Provider not found."""
 
     status, code = 404, "not_found"
 
@@ -256,7 +256,7 @@ async def status(request: web.Request) -> web.StreamResponse:
     try:
         provider = await request.app[PROVIDERS].show(principal.account_id)
     except UnknownProvider:
-        raise NotFound("Provider not found") from None
+        raise NotFound("Provider not found.") from None
     earned = await request.app[PROVIDER_ACCOUNTS].earned(provider.id)
     shown: dict[str, Any] = {
         "provider_id": provider.id,

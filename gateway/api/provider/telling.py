@@ -242,14 +242,14 @@ async def _whose(request: web.Request) -> int:
     asked = request.match_info["id"]
     if await _is_admin(request):
         if not asked.isascii() or not asked.isdigit() or len(asked) > 18:
-            raise NotFound("Provider not found")
+            raise NotFound("Provider not found.")
         try:
             return (await request.app[PROVIDERS].show(int(asked))).id
         except UnknownProvider:
-            raise NotFound("Provider not found") from None
+            raise NotFound("Provider not found.") from None
     account_id = (await caller_of(request)).account_id
     if asked not in ("me", str(account_id)):
-        raise NotFound("Provider not found")
+        raise NotFound("Provider not found.")
     return account_id
 
 
