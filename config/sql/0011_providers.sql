@@ -31,6 +31,7 @@ create table providers (
     created_at        timestamptz not null default clock_timestamp()
 );
 
+update accounts set is_provider = true where not is_provider and id in (select account_id from nodes);
 insert into providers (account_id, name, created_at) select id, name, created_at from accounts where is_provider;
 
 create function add_provider() returns trigger language plpgsql as $$
@@ -43,7 +44,9 @@ $$;
 create trigger account_provider after insert or update of is_provider on accounts
     for each row when (new.is_provider) execute function add_provider();
 
+-- Whatever comes amid a provider's deletion leaves nothing behind: it all hangs on the provider's row.
 alter table nodes
+    add foreign key (account_id) references providers (account_id) on delete cascade,
     add column readiness     jsonb,                     -- {status, checks, at, daemon_version}; null: never told
     add column preload_model text not null default '',  -- to be loaded; told in each heartbeat's reply until it is
     add column gpu_name      text not null default '',
@@ -72,7 +75,7 @@ create index gpu_samples_minute on gpu_samples (minute);   -- old ones are delet
 
 create table daemon_events (
     id             bigint generated always as identity primary key,
-    account_id     bigint not null references accounts (id) on delete cascade,
+    account_id     bigint not null references providers (account_id) on delete cascade,
     node_id        uuid references nodes (id) on delete cascade,
     event_type     text not null,
     severity       text not null check (severity in ('info', 'warning', 'error', 'critical')),
@@ -90,7 +93,7 @@ create index daemon_events_account on daemon_events (account_id, id); -- a provi
 create index daemon_events_at on daemon_events (at);        -- old ones are deleted by age
 
 create table provider_days (
-    account_id bigint not null references accounts (id) on delete cascade,
+    account_id bigint not null references providers (account_id) on delete cascade,
     day        date not null,                           -- UTC's
     up_s       double precision not null default 0,     -- node-seconds in which its nodes were heard of
     watched_s  double precision not null default 0,     -- node-seconds in which anybody listened
@@ -120,7 +123,7 @@ create table engine_usage (
 
 -- Codes mailed to who wants a key; the newest of an account counts.
 create table login_codes (
-    account_id bigint primary key references accounts (id) on delete cascade,
+    account_id bigint primary key references providers (account_id) on delete cascade,
     digest     bytea not null check (octet_length(digest) = 32),
     expires_at timestamptz not null,
     tries_left integer not null,

@@ -114,11 +114,8 @@ class ProviderAccounts:
                 raise NodesRunning
             if row["has_withdrawal"]:
                 raise WithdrawalPending
-            await connection.execute("delete from nodes where account_id = $1", account_id)
+            # Nodes, events, codes and all else hang on this row.
             await connection.execute("delete from providers where account_id = $1", account_id)
-            await connection.execute("delete from daemon_events where account_id = $1", account_id)
-            await connection.execute("delete from provider_days where account_id = $1", account_id)
-            await connection.execute("delete from login_codes where account_id = $1", account_id)
             await connection.execute(
                 "delete from api_keys where account_id = $1 and (not $2 or scopes = array[$3])",
                 account_id, row["is_renter"], SCOPE,
@@ -163,14 +160,13 @@ cross join lateral (
 where l.kind = 'earnings' and l.owner_id = $1
 """
 
-# The account's row is what a heartbeat's new node would hang on: none appears while it is locked.
 LOCK = """
 select a.is_renter,
     exists (select from nodes where account_id = a.id and state in ('online', 'paused', 'draining'))
         as has_nodes_running,
     exists (select from ledger_accounts where kind = 'earnings' and owner_id = a.id and pending_debit_nano > 0)
         as has_withdrawal
-from accounts a where a.id = $1 and a.is_provider for update
+from accounts a join providers p on p.account_id = a.id where a.id = $1 and a.is_provider for update
 """
 
 ERASE = """

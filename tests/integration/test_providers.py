@@ -442,6 +442,24 @@ async def test_nobody_is_deleted_while_a_node_runs_or_a_withdrawal_is_pending(gw
     assert (await delete(node))[0] == 200
 
 
+async def test_a_heartbeat_amid_a_deletion_leaves_no_node_behind(gw):
+    node = await registered(gw)
+    async with gw.pool.acquire() as connection:
+        async with connection.transaction():
+            await connection.execute("delete from providers where account_id = $1", node.id)
+            beating = asyncio.create_task(node.beat(provider_hostname="ahmeds-pc"))
+            waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            await eventually(lambda: is_one(gw, waits))
+        status, _ = await beating
+    assert status == 503
+    assert await gw.pool.fetchval("select count(*) from nodes") == 0
+    assert (await node.beat())[0] == 403
+
+
+async def is_one(gw: TestGateway, statement: str) -> bool:
+    return bool(await gw.pool.fetchval(statement) == 1)
+
+
 async def test_a_provider_that_is_a_renter_too_stays_one(gw):
     account = await AccountStore(gw.pool).create("both", balance_nano=NANO, is_provider=True)
     keys = KeyStore(gw.pool, load_pepper(gw.gateway.settings))

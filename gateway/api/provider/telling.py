@@ -200,7 +200,7 @@ async def daemon_event(request: web.Request) -> web.StreamResponse:
     "/api/providers/daemon-logs", summary="Provider daemon events and runtime info", auth="provider",
     answers={200: Logs}, errors=(400, 503),
     query=[
-        Query("limit", int, f"Events, at most {EVENTS_MAX}; {EVENTS_DEFAULT} without it"),
+        Query("limit", Annotated[int, Field(ge=1, le=EVENTS_MAX)], f"Events; {EVENTS_DEFAULT} without it"),
         Query("severity", Literal["info", "warning", "error", "critical"]),
     ],
 )  # fmt: skip
@@ -223,7 +223,7 @@ async def daemon_logs(request: web.Request) -> web.StreamResponse:
     "/api/providers/{id}/gpu-metrics", summary="GPU metrics history for charts", auth="provider",
     answers={200: Samples}, errors=(400, 403, 404, 503),
     query=[
-        Query("limit", int, f"Samples, at most {SAMPLES_MAX}; {SAMPLES_DEFAULT} without it"),
+        Query("limit", Annotated[int, Field(ge=1, le=SAMPLES_MAX)], f"Samples; {SAMPLES_DEFAULT} without it"),
         Query("since", datetime, "Only from then on"),
     ],
 )  # fmt: skip
