@@ -534,8 +534,8 @@ class Settings:
     )
     heartbeat_requests_minute: int = knob(
         4,
-        "heartbeats of one node in a minute, and bad ones of one address (contract); five times that with engines in "
-        "them, since a change of an engine's state is told at once",
+        "heartbeats of one node in a minute, and bad ones of one address (contract), or twice what heartbeat_interval_s "
+        "asks for; five times that of our own agent, which tells at once that an engine changed its state",
         low=1,
         high=100_000,
         unit="requests",

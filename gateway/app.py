@@ -139,7 +139,7 @@ class Gateway:
         keyring = KeyRing(keys, pepper, settings, clock)
         networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
         self.registry = Registry(settings, networks, clock)
-        nodes = self.nodes = NodeStore(self._pool)
+        nodes = NodeStore(self._pool)
         self._load = LoadShare(self._valkey, self.registry, settings, worker)
         feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)

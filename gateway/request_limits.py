@@ -63,7 +63,7 @@ class RequestLimits:
             settings.heartbeat_requests_minute, math.ceil(2 * MINUTE_S / settings.heartbeat_interval_s)
         )
         self._heartbeat = Rule("heartbeat", beats, MINUTE_S)
-        self._news = Rule("news", NEWS_FACTOR * beats, MINUTE_S)
+        self._own_heartbeat = Rule("own_heartbeat", NEWS_FACTOR * beats, MINUTE_S)
         self._by_path = {
             "/api/providers/register": Rule("register", settings.register_requests_hour, HOUR_S),
             "/api/providers/marketplace": Rule("marketplace", settings.marketplace_requests_minute, MINUTE_S),
@@ -89,9 +89,9 @@ class RequestLimits:
         """Count a request by its key: one key from many addresses gets no more than one address does."""
         await self.admit(self._any, f"key:{key_id}")
 
-    async def admit_beat(self, node_id: str, *, is_news: bool) -> None:
-        """Count a heartbeat by its node; `is_news`: it tells of engines."""
-        await self.admit(self._news if is_news else self._heartbeat, f"node:{node_id}")
+    async def admit_beat(self, node_id: str, *, is_ours: bool) -> None:
+        """Count a heartbeat by its node; `is_ours`: of our own agent, which tells news at once."""
+        await self.admit(self._own_heartbeat if is_ours else self._heartbeat, f"node:{node_id}")
 
     async def admit_bad_beat(self, request: web.Request) -> None:
         """Count a heartbeat without a valid key by its address."""

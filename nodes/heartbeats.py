@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
 
 from nodes.protocol import EngineReport, Heartbeat
-from nodes.telemetry import telemetry_of
+from nodes.samples import keep_sample
 
 
 class EngineUrlRefused(ValueError):
@@ -95,7 +95,6 @@ class NodeLease:
 
     epoch: int
     state: str
-    preload_model: str = ""  # that it is asked to load; empty: none
 
 
 class NodeStore:
@@ -113,19 +112,21 @@ class NodeStore:
         The time since the one before counts as up, at most `credit_s` of it.
         """
         async with self._pool.acquire() as connection, connection.transaction():
-            lease = await connection.fetchrow(BEAT, *_beat_values(account_id, beat), credit_s, nodes_max)
+            lease = await connection.fetchrow(
+                BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
+                orjson.dumps(beat.gpu_status).decode(), beat.agent_version,
+            )  # fmt: skip
             if lease is None:
-                await _refuse_node(connection, beat.node_id)
+                raise NodeOfAnother
             await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
             await connection.execute(
                 "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
                 uuid.UUID(beat.node_id), [engine.engine_id for engine in engines],
             )  # fmt: skip
-            if counters := [
-                _counter_values(beat.node_id, engine) for engine in engines if engine.tells_usage
-            ]:
-                await connection.executemany(COUNTERS, counters)
-        return NodeLease(lease["epoch"], lease["state"], lease["preload_model"])
+            is_new = await keep_sample(connection, beat, engines, credit_s)
+            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
+                raise TooManyNodes
+        return NodeLease(lease["epoch"], lease["state"])
 
     async def ready_engines(self) -> tuple[list[EngineRow], int]:
         """Every engine that may serve, and the number of nodes online."""
@@ -137,50 +138,29 @@ class NodeStore:
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
         return [_engine_row(row) for row in rows], online
 
-    async def connected(
-        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str = "",
-        nodes_max: int = 10_000,
-    ) -> None:  # fmt: skip
+    async def connect(
+        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str, nodes_max: int
+    ) -> None:
         """An agent has told whether its host is ready; its node is made if it is new.
 
         Raises NodeOfAnother, TooManyNodes.
         """
         async with self._pool.acquire() as connection, connection.transaction():
-            done = await connection.fetchval(
-                CONNECTED,
-                uuid.UUID(node_id),
-                account_id,
-                hostname,
-                orjson.dumps(readiness).decode(),
-                nodes_max,
+            is_new = await connection.fetchval(
+                CONNECT, uuid.UUID(node_id), account_id, hostname, orjson.dumps(readiness).decode()
             )
-            if not done:
-                await _refuse_node(connection, node_id)
+            if is_new is None:
+                raise NodeOfAnother
+            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
+                raise TooManyNodes
 
-    async def ask_preload(self, node_id: str, model: str) -> bool:
-        """Have the node load a model: each heartbeat's reply says so until an engine serves it. False: no such node."""
-        return bool(
-            await self._pool.fetchval(
-                "update nodes set preload_model = $2 where id = $1 returning true", uuid.UUID(node_id), model
-            )
-        )
-
-    async def take_out(self, node_id: str, state: str) -> bool:
-        """No new turns to a node: `draining` until it is released or comes back from a silence, `suspended` until it is
-        released. False: no such node.
-        """
-        assert state in ("draining", "suspended")
-        return bool(
-            await self._pool.fetchval(
-                "update nodes set state = $2 where id = $1 returning true", uuid.UUID(node_id), state
-            )
-        )
+    async def suspend(self, node_id: str) -> str | None:
+        """No turns to a node until it is released, whatever it reports. None: no such node."""
+        state: str | None = await self._pool.fetchval(SUSPEND, uuid.UUID(node_id))
+        return state
 
     async def release(self, node_id: str, grace_s: float) -> str | None:
-        """Turns may go to a node again, unless its provider is paused or it was silent for `grace_s`: its state then.
-
-        None: no such node.
-        """
+        """A suspended node is again what it reports; its state then. None: no such node."""
         state: str | None = await self._pool.fetchval(RELEASE, uuid.UUID(node_id), grace_s)
         return state
 
@@ -193,41 +173,21 @@ class NodeStore:
         return [str(row["id"]) for row in rows]
 
 
-# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused. A model that
-# was to be loaded, and is, is asked for no more.
+# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
 BEAT = """
-with beat as (
-    insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version,
-        gpu_name, gpu_count, vram_mib, compute_capability, cuda_version, driver_version)
-    select $1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
-        clock_timestamp(), $4, $5::jsonb, $6, $8, $9, $10, $11, $12, $13
-    where exists (select from nodes where id = $1)
-       or (select count(*) from (select from nodes where account_id = $2 limit $20) as known) < $20
-    on conflict (id) do update set
-        hostname = excluded.hostname,
-        state = case
-            when nodes.state in ('registered', 'connected', 'offline') then excluded.state else nodes.state end,
-        epoch = nodes.epoch + (nodes.state = 'offline')::int,
-        last_heartbeat_at = excluded.last_heartbeat_at,
-        cached_models = excluded.cached_models,
-        gpu_status = excluded.gpu_status,
-        agent_version = excluded.agent_version,
-        gpu_name = excluded.gpu_name, gpu_count = excluded.gpu_count, vram_mib = excluded.vram_mib,
-        compute_capability = excluded.compute_capability, cuda_version = excluded.cuda_version,
-        driver_version = excluded.driver_version,
-        preload_model = case when nodes.preload_model = any ($7) then '' else nodes.preload_model end,
-        up_s = nodes.up_s + coalesce(least(
-            extract(epoch from excluded.last_heartbeat_at - nodes.last_heartbeat_at), $19), 0)
-    where nodes.account_id = excluded.account_id
-    returning id, epoch, state, preload_model
-), sample as (
-    insert into gpu_samples (node_id, minute, util_pct, vram_used_mib, vram_free_mib, temp_c, power_w)
-    select id, date_trunc('minute', clock_timestamp()), $14, $15, $16, $17, $18 from beat where $9 > 0
-    on conflict (node_id, minute) do update set
-        util_pct = excluded.util_pct, vram_used_mib = excluded.vram_used_mib,
-        vram_free_mib = excluded.vram_free_mib, temp_c = excluded.temp_c, power_w = excluded.power_w
-)
-select epoch, state, preload_model from beat
+insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version)
+values ($1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
+    clock_timestamp(), $4, $5::jsonb, $6)
+on conflict (id) do update set
+    hostname = excluded.hostname,
+    state = case when nodes.state in ('registered', 'connected', 'offline') then excluded.state else nodes.state end,
+    epoch = nodes.epoch + (nodes.state = 'offline')::int,
+    last_heartbeat_at = excluded.last_heartbeat_at,
+    cached_models = excluded.cached_models,
+    gpu_status = excluded.gpu_status,
+    agent_version = excluded.agent_version
+where nodes.account_id = excluded.account_id
+returning epoch, state
 """
 
 ENGINE = """
@@ -239,50 +199,34 @@ on conflict (node_id, engine_id) do update set
     updated_at = clock_timestamp()
 """
 
-CONNECTED = """
-insert into nodes (id, account_id, hostname, state, readiness)
-select $1, $2, $3, 'connected', $4::jsonb
-where exists (select from nodes where id = $1)
-   or (select count(*) from (select from nodes where account_id = $2 limit $5) as known) < $5
-on conflict (id) do update set
-    state = case when nodes.state = 'registered' then 'connected' else nodes.state end,
-    readiness = excluded.readiness
-where nodes.account_id = excluded.account_id
-returning true
-"""
-
-# An engine's counters begin anew with each of its starts; what it told before it was first heard counts for nothing.
-COUNTERS = """
-insert into engine_usage as u (node_id, engine_id, counter_prompt, counter_completion) values ($1, $2, $3, $4)
-on conflict (node_id, engine_id) do update set
-    reported_prompt = u.reported_prompt + coalesce(excluded.counter_prompt - case
-        when u.counter_prompt is null then excluded.counter_prompt
-        when excluded.counter_prompt >= u.counter_prompt then u.counter_prompt else 0 end, 0),
-    reported_completion = u.reported_completion + coalesce(excluded.counter_completion - case
-        when u.counter_completion is null then excluded.counter_completion
-        when excluded.counter_completion >= u.counter_completion then u.counter_completion else 0 end, 0),
-    checked_relayed_prompt = case
-        when u.counter_prompt is null then u.relayed_prompt else u.checked_relayed_prompt end,
-    checked_relayed_completion = case
-        when u.counter_completion is null then u.relayed_completion else u.checked_relayed_completion end,
-    counter_prompt = excluded.counter_prompt,
-    counter_completion = excluded.counter_completion
-"""
-
-RELEASE = """
-update nodes n set state = case
-    when n.state not in ('draining', 'suspended') then n.state
-    when coalesce(n.last_heartbeat_at, n.created_at) < clock_timestamp() - make_interval(secs => $2) then 'offline'
-    when (select is_paused from providers where account_id = n.account_id) then 'paused'
-    else 'online' end
-where id = $1 returning state
-"""
-
 READY = """
 select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
 from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id
+"""
+
+COUNT = "select count(*) from nodes where account_id = $1"
+
+# A row that was inserted has no xmax yet.
+CONNECT = """
+insert into nodes (id, account_id, hostname, state, readiness) values ($1, $2, $3, 'connected', $4::jsonb)
+on conflict (id) do update set
+    state = case when nodes.state = 'registered' then 'connected' else nodes.state end,
+    readiness = excluded.readiness
+where nodes.account_id = excluded.account_id
+returning xmax = 0
+"""
+
+SUSPEND = "update nodes set state = 'suspended' where id = $1 returning state"
+
+RELEASE = """
+update nodes n set state = case
+    when n.state <> 'suspended' then n.state
+    when coalesce(n.last_heartbeat_at, n.created_at) < clock_timestamp() - make_interval(secs => $2) then 'offline'
+    when (select is_paused from providers where account_id = n.account_id) then 'paused'
+    else 'online' end
+where id = $1 returning state
 """
 
 EXPIRE = """
@@ -301,28 +245,6 @@ def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
             raise ValueError(host)
         return ip.ipv4_mapped or ip
     return ip
-
-
-async def _refuse_node(connection: Any, node_id: str) -> NoReturn:
-    """Nothing was written: tell why."""
-    if await connection.fetchval("select true from nodes where id = $1", uuid.UUID(node_id)):
-        raise NodeOfAnother
-    raise TooManyNodes
-
-
-def _beat_values(account_id: int, beat: Heartbeat) -> tuple[Any, ...]:
-    gpus = telemetry_of(beat.gpu_status)
-    served = {model.id for engine in beat.engines for model in engine.models}
-    return (
-        uuid.UUID(beat.node_id), account_id, beat.provider_hostname, list(beat.cached_models),
-        orjson.dumps(beat.gpu_status).decode(), beat.agent_version, list(served), gpus.gpu_name, gpus.gpu_count,
-        gpus.vram_mib, gpus.compute_capability, gpus.cuda_version, gpus.driver_version, gpus.util_pct,
-        gpus.vram_used_mib, gpus.vram_free_mib, gpus.temp_c, gpus.power_w,
-    )  # fmt: skip
-
-
-def _counter_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
-    return uuid.UUID(node_id), engine.engine_id, engine.prompt_tokens, engine.completion_tokens
 
 
 def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:

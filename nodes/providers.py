@@ -125,11 +125,11 @@ left join lateral (
     from (
         select state, count(*), sum(gpu_count) filter (where state <> 'offline') as gpus,
             max(last_heartbeat_at) as heard_at, max(agent_version) as version
-        from nodes where account_id = p.account_id group by state
+        from nodes left join node_facts on node_id = id where account_id = p.account_id group by state
     ) as by_state
 ) n on true
 left join lateral (
-    select gpu_name, vram_mib, compute_capability, cuda_version, driver_version from nodes
+    select gpu_name, vram_mib, compute_capability, cuda_version, driver_version from nodes join node_facts on node_id = id
     where account_id = p.account_id and gpu_name <> ''
     order by state = 'online' desc, vram_mib desc limit 1
 ) g on true

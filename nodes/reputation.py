@@ -165,15 +165,15 @@ on conflict (node_id, engine_id) do update set
 
 ROLL = f"""
 with old as (
-    select id, up_s, rolled_at from nodes
-    where last_heartbeat_at > clock_timestamp() - interval '{GONE_AFTER_DAYS} days' order by id for update
+    select node_id, up_s, rolled_at from node_facts
+    where heard_at > clock_timestamp() - interval '{GONE_AFTER_DAYS} days' order by node_id for update
 ), rolled as (
-    update nodes n set up_s = 0, rolled_at = clock_timestamp() from old where n.id = old.id
-    returning n.account_id, old.up_s, least(extract(epoch from n.rolled_at - old.rolled_at), $1) as watched_s
+    update node_facts f set up_s = 0, rolled_at = clock_timestamp() from old where f.node_id = old.node_id
+    returning f.node_id, old.up_s, least(extract(epoch from f.rolled_at - old.rolled_at), $1) as watched_s
 )
 insert into provider_days as d (account_id, day, up_s, watched_s)
-select account_id, (clock_timestamp() at time zone 'UTC')::date, sum(up_s), sum(watched_s) from rolled
-group by account_id
+select account_id, (clock_timestamp() at time zone 'UTC')::date, sum(up_s), sum(watched_s)
+from rolled join nodes n on n.id = rolled.node_id group by account_id
 on conflict (account_id, day) do update set
     up_s = d.up_s + excluded.up_s, watched_s = d.watched_s + excluded.watched_s
 """  # noqa: S608 - a constant of this module

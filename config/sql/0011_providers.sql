@@ -47,17 +47,21 @@ create trigger account_provider after insert or update of is_provider on account
 -- Whatever comes amid a provider's deletion leaves nothing behind: it all hangs on the provider's row.
 alter table nodes
     add foreign key (account_id) references providers (account_id) on delete cascade,
-    add column readiness     jsonb,                     -- {status, checks, at, daemon_version}; null: never told
-    add column preload_model text not null default '',  -- to be loaded; told in each heartbeat's reply until it is
-    add column gpu_name      text not null default '',
-    add column gpu_count     integer not null default 0,
-    add column vram_mib      bigint not null default 0, -- of all its GPUs; 0: not known
-    add column compute_capability text not null default '',
-    add column cuda_version  text not null default '',
-    add column driver_version text not null default '',
-    -- Seconds that it was heard of since rolled_at; the caretaker adds them to provider_days.
-    add column up_s          double precision not null default 0,
-    add column rolled_at     timestamptz not null default clock_timestamp();
+    add column readiness jsonb;                         -- {status, checks, at, daemon_version}; null: never told
+
+-- What heartbeats tell of a node beside its lease.
+create table node_facts (
+    node_id       uuid primary key references nodes (id) on delete cascade,
+    gpu_name      text not null,
+    gpu_count     integer not null,
+    vram_mib      bigint not null,                      -- of one GPU; 0: not known
+    compute_capability text not null,
+    cuda_version  text not null,
+    driver_version text not null,
+    heard_at      timestamptz not null default clock_timestamp(),
+    up_s          double precision not null default 0,  -- heard of since rolled_at; the caretaker adds it to provider_days
+    rolled_at     timestamptz not null default clock_timestamp()
+) with (fillfactor = 50);                               -- rewritten by each heartbeat: room for updates in place
 
 -- One sample a node and minute, the last heartbeat's; kept for a day.
 create table gpu_samples (

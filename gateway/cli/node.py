@@ -1,4 +1,4 @@
-"""Owns `poolgate node`: who brought nodes, whether they may take work, and what a node is to load or to leave.
+"""Owns `poolgate node`: who brought nodes, and whether they may take work.
 
 Providers and nodes as such are nodes/providers.py's and nodes/heartbeats.py's.
 """
@@ -53,40 +53,20 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )  # fmt: skip
     show.add_argument("provider", metavar="PROVIDER", help="id or account name of the provider")
 
-    for name, summary, state, details in (
-        (
-            "drain",
-            "send no new turns to a node",
-            "draining",
-            "It comes back when it is released, or restarted.",
-        ),
+    for name, summary, details in (
         (
             "suspend",
             "send no turns to a node until it is released",
-            "suspended",
-            "Whatever it reports meanwhile.",
+            "Whatever it reports meanwhile; begun turns end.",
         ),
-        (
-            "release",
-            "let turns go to a drained or suspended node again",
-            "",
-            "Unless its provider is paused.",
-        ),
+        ("release", "let turns go to a suspended node again", "Unless its provider is paused."),
     ):
         move = add_command(
             group, name, summary, run=run_move, options=shared, details=details,
             examples=f"  poolgate node {name} 0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b",
         )  # fmt: skip
         move.add_argument("node", metavar="NODE", help="id of the node: `poolgate node show` tells it")
-        move.set_defaults(state=state)
-
-    preload = add_command(
-        group, "preload", "have a node load a model", run=run_preload, options=shared,
-        details="The node's agent is told in the reply to its next heartbeat, and until an engine serves the model.",
-        examples="  poolgate node preload 0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b meta-llama/Llama-3.1-8B",
-    )  # fmt: skip
-    preload.add_argument("node", metavar="NODE", help="id of the node")
-    preload.add_argument("model", metavar="MODEL", help="what to load; `none` takes back what was asked")
+        move.set_defaults(is_release=name == "release")
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -171,9 +151,9 @@ def run_move(args: argparse.Namespace) -> int:
 
     async def work(pool: asyncpg.Pool, settings: Settings) -> str | None:
         store = NodeStore(pool)
-        if not args.state:
+        if args.is_release:
             return await store.release(node_id, settings.heartbeat_grace_s)
-        return args.state if await store.take_out(node_id, args.state) else None
+        return await store.suspend(node_id)
 
     state = with_database(args, work)
     if state is None:
@@ -182,24 +162,6 @@ def run_move(args: argparse.Namespace) -> int:
         print_json({"node_id": node_id, "state": state})
     else:
         print(f"node {node_id} is {state}")
-    return 0
-
-
-def run_preload(args: argparse.Namespace) -> int:
-    node_id = node_id_of(args.node)
-    model = "" if args.model == "none" else args.model
-
-    async def work(pool: asyncpg.Pool, _settings: Settings) -> bool:
-        return await NodeStore(pool).ask_preload(node_id, model)
-
-    if not with_database(args, work):
-        raise Refused(f"there is no node {node_id}")
-    if args.json:
-        print_json({"node_id": node_id, "preload_model": model or None})
-    elif model:
-        print(f"node {node_id} is asked to load {model} with its next heartbeat")
-    else:
-        print(f"node {node_id} is asked to load nothing")
     return 0
 
 

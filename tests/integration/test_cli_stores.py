@@ -318,13 +318,7 @@ def test_a_provider_is_listed_rejected_and_approved(cli: Cli) -> None:
     assert "no account 'nobody'" in cli("node", "approve", "nobody", code=1)
 
 
-def test_only_a_node_that_there_is_can_be_asked_to_load_a_model(cli: Cli) -> None:
-    cli("account", "list")
-    assert "no node id" in cli("node", "preload", "rack-1", "m", code=1)
-    assert "there is no node" in cli("node", "preload", "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b", "m", code=1)
-
-
-def test_a_node_is_drained_suspended_and_released(cli: Cli, settings: Settings) -> None:
+def test_a_node_is_suspended_and_released(cli: Cli, settings: Settings) -> None:
     made = as_json(cli("account", "create", "--name", "rack-1", "--provider", "--json"))
     node_id = "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b"
 
@@ -335,10 +329,11 @@ def test_a_node_is_drained_suspended_and_released(cli: Cli, settings: Settings) 
 
     assert cli("node", "show", "rack-1").startswith("no nodes yet")
     asyncio.run(beat())
-    for command, state in (("drain", "draining"), ("suspend", "suspended")):
-        assert as_json(cli("node", command, node_id, "--json"))["state"] == state
-        assert asyncio.run(beat()) == state
+    assert as_json(cli("node", "suspend", node_id, "--json"))["state"] == "suspended"
+    assert asyncio.run(beat()) == "suspended"
     (shown,) = as_json(cli("node", "show", "rack-1", "--json"))
     assert (shown["node_id"], shown["state"]) == (node_id, "suspended")
     assert as_json(cli("node", "release", node_id, "--json"))["state"] == "online"
     assert "is online" in cli("node", "release", node_id)
+    assert "no node id" in cli("node", "suspend", "rack-1", code=1)
+    assert "there is no node" in cli("node", "suspend", "00000000-0000-7000-8000-000000000000", code=1)

@@ -547,16 +547,6 @@ async def test_a_host_without_a_gpu_has_no_samples(gw):
     assert (await node.me())["gpu_metrics"] == {}
 
 
-async def test_a_model_to_load_is_told_until_an_engine_serves_it(gw, engine):
-    node = await registered(gw)
-    assert (await node.beat())[1]["preload_model"] is None
-    assert await gw.gateway.nodes.ask_preload(node.node_id, MODEL)
-    told = {"model_name": MODEL, "status": "downloading"}
-    assert (await node.beat())[1]["preload_model"] == told
-    assert (await node.beat())[1]["preload_model"] == told
-    assert (await node.beat(engine.url))[1]["preload_model"] is None
-
-
 @pytest.mark.parametrize(
     ("version", "is_outdated"),
     [("0.0.9", True), ("0.1.0", False), ("9.0", False), ("", False), ("odd", False)],

@@ -84,15 +84,15 @@ async def test_a_key_has_no_more_from_many_addresses_than_from_one(settings, poo
 
 async def test_heartbeats_count_by_node_and_not_by_address(gw):
     one, two = await registered(gw), await registered(gw, email="two@example.sa")
-    assert [(await one.beat(engines=None))[0] for _ in range(5)] == [200] * 4 + [429]
-    assert (await two.beat(engines=None))[0] == 200
+    assert [(await one.beat())[0] for _ in range(5)] == [200] * 4 + [429]
+    assert (await two.beat())[0] == 200
     again = ProviderClient(gw, one.id, one.key)  # another node of the same provider, from the same address
-    assert (await again.beat(engines=None))[0] == 200
+    assert (await again.beat())[0] == 200
 
 
-async def test_news_of_engines_has_room_beside_the_contracts_beats(gw):
+async def test_our_own_agent_may_tell_news_beside_the_contracts_beats(gw):
     node = await registered(gw)
-    found = [(await node.beat("http://127.0.0.1:9001"))[0] for _ in range(21)]
+    found = [(await node.beat("http://127.0.0.1:9001", agent_version="0.1.0"))[0] for _ in range(21)]
     assert found == [200] * 20 + [429]
 
 
@@ -103,7 +103,7 @@ async def test_heartbeats_with_bad_keys_count_by_address(gw):
         gw, 1, "POST", "/api/providers/heartbeat", body=bad, headers=from_("192.0.2.9")
     ) == [401]
     node = await registered(gw)
-    assert (await node.beat(engines=None))[0] == 200, "good ones from there are another matter"
+    assert (await node.beat())[0] == 200, "good ones from there are another matter"
 
 
 async def test_health_and_documents_are_not_counted(settings, pool):

@@ -88,7 +88,7 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         raise
     if not beat.node_id:
         beat = replace(beat, node_id=node_of_account(principal.account_id))
-    await limits.admit_beat(beat.node_id, is_news=bool(beat.engines))
+    await limits.admit_beat(beat.node_id, is_ours=bool(beat.agent_version))
     try:
         reply = await _record(request, beat, principal)
     except asyncpg.DataError:
@@ -141,9 +141,6 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         needs_update=is_outdated,
         update_available=is_outdated,
         approval_status=provider.approval_status,
-        preload_model={"model_name": lease.preload_model, "status": "downloading"}
-        if lease.preload_model
-        else None,
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,

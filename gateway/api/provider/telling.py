@@ -170,7 +170,7 @@ async def readiness(request: web.Request) -> web.StreamResponse:
     node_id = str(told.node_id or node_of_account(principal.account_id))
     try:
         nodes_max = request.app[SETTINGS].provider_nodes_max
-        await request.app[NODES].connected(
+        await request.app[NODES].connect(
             principal.account_id, node_id, kept, told.provider_hostname or "", nodes_max
         )
     except (NodeOfAnother, TooManyNodes):
