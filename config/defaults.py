@@ -256,6 +256,11 @@ class Settings:
         "secret mixed into key hashes; the same in every gateway of one database; empty: a file in data_dir",
         secret=True,
     )
+    admin_token: str = knob(
+        "",
+        "secret that may do what admins may, in x-admin-token or as Bearer; empty: only keys with the scope `admin` may",
+        secret=True,
+    )
     key_cache_max: int = knob(
         200_000, "keys that a worker remembers (about 400 bytes each)", low=16, high=10_000_000, unit="keys"
     )
@@ -513,6 +518,75 @@ class Settings:
         low=1,
         high=64,
         unit="engines",
+    )
+
+    # --- providers --------------------------------------------------------------------------------------------
+    provider_approval: str = knob(
+        "manual",
+        "`manual`: nodes of a provider that registered take work when an admin has approved it; `automatic`: at once",
+        choices=("manual", "automatic"),
+    )
+    provider_nodes_max: int = knob(
+        10_000, "nodes of one provider; an agent that forgets its id makes a new one", low=1, unit="nodes"
+    )
+    register_requests_hour: int = knob(
+        5, "registrations from one address in an hour (contract)", low=1, high=100_000, unit="requests"
+    )
+    heartbeat_requests_minute: int = knob(
+        4,
+        "heartbeats of one node in a minute, and bad ones of one address (contract), or twice what heartbeat_interval_s "
+        "asks for; five times that of our own agent, which tells at once that an engine changed its state",
+        low=1,
+        high=100_000,
+        unit="requests",
+    )
+    marketplace_requests_minute: int = knob(
+        30, "/api/providers/marketplace from one address in a minute (contract)", low=1, high=100_000,
+        unit="requests",
+    )  # fmt: skip
+    admin_requests_minute: int = knob(
+        100, "/api/admin/* from one address in a minute (contract)", low=1, high=100_000, unit="requests"
+    )
+    api_requests_minute: int = knob(
+        300,
+        "other requests under /api/ from one address, and of one key, in a minute (contract)",
+        low=1,
+        high=100_000,
+        unit="requests",
+    )
+    reputation_s: float = knob(
+        300.0, "uptime and reliability of providers are brought up to date this often", low=0.05, high=86400,
+        unit="seconds",
+    )  # fmt: skip
+    usage_check_s: float = knob(
+        3600.0,
+        "tokens that an engine reports are held against those relayed from it this often: what is in flight at the "
+        "ends must be little of the whole",
+        low=0.05,
+        high=7 * 86400,
+        unit="seconds",
+    )
+    usage_difference_share: float = knob(
+        0.2,
+        "they may differ by this share of the larger: clients leave, and failed turns are tried elsewhere",
+        low=0,
+        high=1,
+    )
+
+    # --- mail -------------------------------------------------------------------------------------------------
+    mail_url: str = knob(
+        "",
+        "SMTP server: smtp://USER:PASSWORD@HOST:PORT (TLS where it is offered), or smtps://; empty: no mail, but in "
+        "developer mode a file in data_dir/mail for each",
+        secret=True,
+    )
+    mail_from: str = knob("poolgate@localhost", "sender of our mail")
+    login_code_s: float = knob(
+        600.0, "a mailed code is good for this long", low=10, high=86400, unit="seconds"
+    )
+    developer_mode: bool = knob(
+        False,
+        "for one machine without the world around it (`poolgate up` on loopback): mail goes to a folder",
     )
 
     # --- engines (agent) ----------------------------------------------------------------------------------------

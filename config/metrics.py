@@ -157,6 +157,12 @@ class Metrics:
             ["outcome"],
             registry=into,
         )
+        self.usage_differences = Counter(
+            "poolgate_usage_difference_tokens",
+            "Tokens by which engines' own counts and what was relayed from them differ beyond what is usual",
+            ["kind", "direction"],
+            registry=into,
+        )
         self.nodes_online = Gauge(
             "poolgate_nodes_online", "Nodes online", multiprocess_mode="livemax", registry=into
         )

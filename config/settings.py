@@ -34,6 +34,7 @@ RESERVED_VARIABLES = frozenset(
 _KNOBS: dict[str, Field[Any]] = {knob.name: knob for knob in fields(Settings)}
 _KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 NANO_PER_MAJOR = 10**9
+ADMIN_TOKEN_CHARS_MIN = 16
 
 
 class BadSetting(ValueError):
@@ -130,6 +131,15 @@ _RULES: tuple[_Rule, ...] = (
     _text("probe_host", bool, "an address; 0.0.0.0 is every one"),
     _text("data_dir", bool, "the path of a folder"),
     _text("currency", lambda text: bool(re.fullmatch("[A-Z]{3}", text)), "three capital letters (ISO 4217)"),
+    _text(
+        "admin_token", lambda text: not text or (len(text) >= ADMIN_TOKEN_CHARS_MIN and text.isascii()),
+        f"empty, or {ADMIN_TOKEN_CHARS_MIN} ASCII characters and more: it opens everything",
+    ),
+    _text(
+        "mail_url", lambda url: not url or bool(re.fullmatch(r"smtps?://([^/@]+@)?[^/@:]+(:\d+)?/?", url)),
+        "empty, or smtp://USER:PASSWORD@HOST:PORT or smtps://..., with %-escapes in user and password",
+    ),
+    _text("mail_from", lambda text: bool(re.fullmatch(r"[^@\s<>]+@[^@\s<>]+", text)), "an address, such as gpu@example.com"),
     _text("trusted_proxies", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),
     _text("node_networks", _are_networks, "networks like 10.0.0.0/8, comma separated, no host bits set"),
     _text(

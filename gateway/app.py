@@ -24,10 +24,11 @@ from gateway import VERSION
 from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
+from gateway.api.admin import providers as admin_providers
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
-from gateway.api.provider import heartbeat
+from gateway.api.provider import account, control, heartbeat, marketplace, telling
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
@@ -42,16 +43,26 @@ from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.identity.keys import KeyStore
+from gateway.identity.logins import Logins
+from gateway.identity.providers import ProviderAccounts
 from gateway.identity.secrets import load_pepper
 from gateway.lifecycle import Lifecycle
+from gateway.mail import mailer_of
+from gateway.marketplace import Marketplace
 from gateway.money import Money
 from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.reputation import ReputationChore
+from gateway.request_limits import RequestLimits, limited
+from gateway.tally import Tally
 from gateway.tls import TlsFiles
+from nodes.events import EventStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
+from nodes.providers import ProviderStore
 from nodes.registry import Registry
+from nodes.reputation import ReputationStore
 from nodes.routing.snapshot import Engine
 
 log = logging.getLogger("poolgate.gateway")
@@ -63,6 +74,12 @@ ROUTES: tuple[RouteSet, ...] = (
     complete.routes,
     models.routes,
     heartbeat.routes,
+    account.routes,
+    control.routes,
+    telling.routes,
+    marketplace.routes,
+    marketplace.renter_routes,
+    admin_providers.routes,
     health.routes,
 )
 
@@ -82,6 +99,9 @@ GAUGES_S = 1.0
 STOP_POLL_S = 0.05
 CUT_S = 2.0
 """What turns that are cut get to tell their clients."""
+
+TALLY_S = 5.0
+"""How often PostgreSQL is told what turns say about nodes."""
 
 WATCHERS = 2
 """The change feed, and the caretaker, which keeps its connection while it is the caretaker."""
@@ -115,7 +135,8 @@ class Gateway:
         pepper = load_pepper(settings)
         prices = PriceBook.load(Path(settings.price_book) if settings.price_book else None)
 
-        keyring = KeyRing(KeyStore(self._pool, pepper), pepper, settings, clock)
+        keys = KeyStore(self._pool, pepper, self._valkey)
+        keyring = KeyRing(keys, pepper, settings, clock)
         networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
         self.registry = Registry(settings, networks, clock)
         nodes = NodeStore(self._pool)
@@ -124,13 +145,16 @@ class Gateway:
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
+        feed.on("account", self.registry.nodes_changed)  # a provider was suspended, or its approval changed
 
         self.money = Money(
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
             pepper=pepper,
         )  # fmt: skip
         journal = self.money.journal
-        self._records = TurnRecords(self.metrics, journal.append)
+        self._tally = Tally(ReputationStore(self._pool), TALLY_S)
+        self.registry.on_failure.append(self._tally.count_fault)
+        self._records = TurnRecords(self.metrics, journal.append, self._tally.count)
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
             leases=self.money.leases, is_full=lambda: journal.is_full,
@@ -148,7 +172,10 @@ class Gateway:
             usage_pending=lambda: journal.pending, is_full=lambda: journal.is_full,
         )  # fmt: skip
 
+        mailer = mailer_of(settings)
+        logins = self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
         app = self._application(keyring, nodes, networks, prices)
+        self._add_providers(app, keys, logins)
         await self.health.check()
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
@@ -163,7 +190,14 @@ class Gateway:
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),
-            Caretaker(self._watch_pool, self._pool, settings).run(),
+            Caretaker(
+                self._watch_pool,
+                self._pool,
+                settings,
+                {ReputationChore(self._pool, settings, self.metrics).run: settings.reputation_s},
+            ).run(),
+            self._tally.run(),
+            *([logins.run()] if logins else []),
             self._set_gauges(),
             self._watch_leases(),
             *self.money.parts(),
@@ -178,7 +212,9 @@ class Gateway:
     ) -> web.Application:
         """The routes, and under typed keys what their handlers need."""
         settings = self.settings
-        app = web.Application(middlewares=[edge], client_max_size=settings.body_bytes_max)
+        limits = RequestLimits(self._valkey, settings)
+        app = web.Application(middlewares=[edge, limited(limits)], client_max_size=settings.body_bytes_max)
+        app[services.REQUEST_LIMITS] = limits
         app[services.SETTINGS] = settings
         app[services.KEYRING] = keyring
         app[services.ACCOUNTS] = AccountStore(self._pool, self._valkey)
@@ -198,6 +234,15 @@ class Gateway:
         pages.publish(openapi_document(route_sets, title="poolgate", version=VERSION, server_url="/"))
         add_to(app, route_sets)
         return app
+
+    def _add_providers(self, app: web.Application, keys: KeyStore, logins: Logins | None) -> None:
+        """What the provider API's handlers need."""
+        providers = ProviderStore(self._pool)
+        app[services.PROVIDERS] = providers
+        app[services.PROVIDER_ACCOUNTS] = ProviderAccounts(self._pool, keys, self.settings, self._valkey)
+        app[services.MARKETPLACE] = self.marketplace = Marketplace(providers)
+        app[services.EVENTS] = EventStore(self._pool)
+        app[services.LOGINS] = logins
 
     def _begin(self, *coroutines: Coroutine[Any, Any, None]) -> None:
         for coroutine in coroutines:
@@ -295,6 +340,7 @@ class Gateway:
         await self.keyed_turns.close(CUT_S)
         await self._end_tasks()
         self._records.flush()
+        await self._tally.flush()
         await self.money.close()
         await self._load.leave()
         self.lifecycle.upstreams.close()

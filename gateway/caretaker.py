@@ -6,7 +6,7 @@ Whoever holds an advisory lock of PostgreSQL is the caretaker; when its connecti
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -19,6 +19,7 @@ from billing.retention import keep_partitions, trim_hours
 from config.changes import trim_changes
 from config.defaults import Settings
 from config.postgres import AWAY
+from nodes.events import trim_events
 from nodes.heartbeats import NodeStore
 
 log = logging.getLogger("poolgate.caretaker")
@@ -35,18 +36,27 @@ RETRY_S = 60.0
 """How soon after a chore failed."""
 
 
+Chore = Callable[[], Awaitable[None]]
+
+
 class Caretaker:
     """Tries to be the caretaker, and does the chores while it is."""
 
-    def __init__(self, watch_pool: asyncpg.Pool, pool: asyncpg.Pool, settings: Settings) -> None:
-        """`watch_pool`: where the lock's connection is taken, and kept; `pool`: for the chores."""
+    def __init__(
+        self, watch_pool: asyncpg.Pool, pool: asyncpg.Pool, settings: Settings,
+        more: Mapping[Chore, float] | None = None,
+    ) -> None:  # fmt: skip
+        """`watch_pool`: where the lock's connection is taken, and kept; `pool`: for the chores, `more` of them by period."""
         self._watch_pool = watch_pool
         self._pool = pool
         self._nodes = NodeStore(pool)
         self._settings = settings
         self._watching_since_s: float | None = None
         self._seen_s = 0.0
-        self._due_s = {self._tidy: 0.0, self._resolve: 0.0}
+        self._periods_s: dict[Chore, float] = {
+            self._resolve: RESOLVE_S, self._tidy: TIDY_S, **(more or {}),
+        }  # fmt: skip
+        self._due_s = dict.fromkeys(self._periods_s, 0.0)
 
     async def run(self) -> None:
         """Until cancelled; PostgreSQL's absence only pauses it."""
@@ -88,11 +98,11 @@ class Caretaker:
                 log.warning(
                     "node %s is silent and left", node_id, extra={"action": "node_expired", "node": node_id}
                 )
-        for chore, period_s in ((self._resolve, RESOLVE_S), (self._tidy, TIDY_S)):
+        for chore, period_s in self._periods_s.items():
             if now_s >= self._due_s[chore]:
                 self._due_s[chore] = now_s + (period_s if await self._is_done(chore) else RETRY_S)
 
-    async def _is_done(self, chore: Callable[[], Awaitable[None]]) -> bool:
+    async def _is_done(self, chore: Chore) -> bool:
         """A failure here, as of a lock that a long report holds, concerns no node."""
         try:
             await chore()
@@ -117,3 +127,4 @@ class Caretaker:
         await trim_leases(self._pool)
         await trim_windows(self._pool)
         await trim_claims(self._pool, self._settings)
+        await trim_events(self._pool)

@@ -31,9 +31,14 @@ LINE = Shape(
 class TurnRecords:
     """Takes each settled turn once."""
 
-    def __init__(self, metrics: Metrics, write: Callable[[UsageRecord], None]) -> None:
+    def __init__(
+        self, metrics: Metrics, write: Callable[[UsageRecord], None],
+        tally: Callable[[Sequence[UsageRecord]], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`tally` also hears of each batch."""
         self._metrics = metrics
         self._write = write
+        self._tally = tally
         self._noted: list[UsageRecord] = []
 
     def add(self, record: UsageRecord) -> None:
@@ -53,6 +58,8 @@ class TurnRecords:
             return
         noted, self._noted = self._noted, []
         self._count(noted)
+        if self._tally is not None:
+            self._tally(noted)
         if log.isEnabledFor(LINE.level):
             lines = bulk(LINE)
             if lines is None:

@@ -5,7 +5,7 @@ PostgreSQL's clock decides who is late. The picture that turns are routed by is 
 
 import ipaddress
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +15,7 @@ import asyncpg
 import orjson
 
 from nodes.protocol import EngineReport, Heartbeat
+from nodes.samples import keep_sample
 
 
 class EngineUrlRefused(ValueError):
@@ -23,6 +24,10 @@ class EngineUrlRefused(ValueError):
 
 class NodeOfAnother(Exception):
     """The node id belongs to another provider."""
+
+
+class TooManyNodes(Exception):
+    """The provider has as many nodes as one may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,14 @@ class NodeStore:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def record(self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport]) -> NodeLease:
-        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother."""
+    async def record(
+        self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], *, credit_s: float = 90.0,
+        nodes_max: int = 10_000,
+    ) -> NodeLease:  # fmt: skip
+        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, TooManyNodes.
+
+        The time since the one before counts as up, at most `credit_s` of it.
+        """
         async with self._pool.acquire() as connection, connection.transaction():
             lease = await connection.fetchrow(
                 BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
@@ -112,6 +123,9 @@ class NodeStore:
                 "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
                 uuid.UUID(beat.node_id), [engine.engine_id for engine in engines],
             )  # fmt: skip
+            is_new = await keep_sample(connection, beat, engines, credit_s)
+            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
+                raise TooManyNodes
         return NodeLease(lease["epoch"], lease["state"])
 
     async def ready_engines(self) -> tuple[list[EngineRow], int]:
@@ -123,6 +137,32 @@ class NodeStore:
             rows = await connection.fetch(READY)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
         return [_engine_row(row) for row in rows], online
+
+    async def connect(
+        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str, nodes_max: int
+    ) -> None:
+        """An agent has told whether its host is ready; its node is made if it is new.
+
+        Raises NodeOfAnother, TooManyNodes.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            is_new = await connection.fetchval(
+                CONNECT, uuid.UUID(node_id), account_id, hostname, orjson.dumps(readiness).decode()
+            )
+            if is_new is None:
+                raise NodeOfAnother
+            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
+                raise TooManyNodes
+
+    async def suspend(self, node_id: str) -> str | None:
+        """No turns to a node until it is released, whatever it reports. None: no such node."""
+        state: str | None = await self._pool.fetchval(SUSPEND, uuid.UUID(node_id))
+        return state
+
+    async def release(self, node_id: str, grace_s: float) -> str | None:
+        """A suspended node is again what it reports; its state then. None: no such node."""
+        state: str | None = await self._pool.fetchval(RELEASE, uuid.UUID(node_id), grace_s)
+        return state
 
     async def expire(self, before: datetime) -> list[str]:
         """Nodes that were last heard of before that, by PostgreSQL's clock, go offline; their ids.
@@ -136,10 +176,11 @@ class NodeStore:
 # A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
 BEAT = """
 insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version)
-values ($1, $2, $3, 'online', clock_timestamp(), $4, $5::jsonb, $6)
+values ($1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
+    clock_timestamp(), $4, $5::jsonb, $6)
 on conflict (id) do update set
     hostname = excluded.hostname,
-    state = case when nodes.state in ('registered', 'connected', 'offline') then 'online' else nodes.state end,
+    state = case when nodes.state in ('registered', 'connected', 'offline') then excluded.state else nodes.state end,
     epoch = nodes.epoch + (nodes.state = 'offline')::int,
     last_heartbeat_at = excluded.last_heartbeat_at,
     cached_models = excluded.cached_models,
@@ -160,15 +201,38 @@ on conflict (node_id, engine_id) do update set
 
 READY = """
 select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
-from nodes n join engines e on e.node_id = n.id
-where n.state = 'online' and e.state = 'ready'
+from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
+where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id
+"""
+
+COUNT = "select count(*) from nodes where account_id = $1"
+
+# A row that was inserted has no xmax yet.
+CONNECT = """
+insert into nodes (id, account_id, hostname, state, readiness) values ($1, $2, $3, 'connected', $4::jsonb)
+on conflict (id) do update set
+    state = case when nodes.state = 'registered' then 'connected' else nodes.state end,
+    readiness = excluded.readiness
+where nodes.account_id = excluded.account_id
+returning xmax = 0
+"""
+
+SUSPEND = "update nodes set state = 'suspended' where id = $1 returning state"
+
+RELEASE = """
+update nodes n set state = case
+    when n.state <> 'suspended' then n.state
+    when coalesce(n.last_heartbeat_at, n.created_at) < clock_timestamp() - make_interval(secs => $2) then 'offline'
+    when (select is_paused from providers where account_id = n.account_id) then 'paused'
+    else 'online' end
+where id = $1 returning state
 """
 
 EXPIRE = """
 update nodes set state = 'offline'
 where state in ('registered', 'connected', 'online', 'paused', 'draining')
-  and last_heartbeat_at < $1
+  and coalesce(last_heartbeat_at, created_at) < $1
 returning id
 """
 

@@ -73,6 +73,12 @@ class EngineReport:
     models: tuple[ModelInfo, ...] = ()
     block_size: int = 0  # tokens of one prefix-cache block; 0: not known
     kv_tokens: int = 0  # tokens that its KV cache holds; 0: not known
+    prompt_tokens: int | None = None  # that it has worked on since its start; None: it does not tell
+    completion_tokens: int | None = None
+
+    @property
+    def tells_usage(self) -> bool:
+        return self.prompt_tokens is not None and self.completion_tokens is not None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -84,6 +90,8 @@ class EngineReport:
             "models": [model.to_json() for model in self.models],
             "block_size": self.block_size,
             "kv_tokens": self.kv_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
         }
 
     @classmethod
@@ -101,6 +109,8 @@ class EngineReport:
             models=tuple(ModelInfo.from_json(item) for item in fields.items("models", MODELS_MAX)),
             block_size=fields.count("block_size"),
             kv_tokens=fields.count("kv_tokens"),
+            prompt_tokens=fields.count("prompt_tokens") if fields.has("prompt_tokens") else None,
+            completion_tokens=fields.count("completion_tokens") if fields.has("completion_tokens") else None,
         )
 
 
@@ -210,6 +220,8 @@ class HeartbeatReply:
     epoch: int = 0
     lease_s: float = 0.0  # 0: none was said
     heartbeat_interval_s: float = 0.0  # 0: none was said
+    state: str = ""  # of the node, as the gateway has it: online, paused, draining, suspended
+    preferences: Mapping[str, Any] = field(default_factory=dict)  # what its provider wants of it
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -227,6 +239,8 @@ class HeartbeatReply:
             "epoch": self.epoch,
             "lease_s": self.lease_s,
             "heartbeat_interval_s": self.heartbeat_interval_s,
+            "state": self.state,
+            "preferences": dict(self.preferences),
         }
 
     @classmethod
@@ -246,6 +260,8 @@ class HeartbeatReply:
             epoch=fields.count("epoch"),
             lease_s=fields.number("lease_s"),
             heartbeat_interval_s=fields.number("heartbeat_interval_s"),
+            state=fields.text("state"),
+            preferences=fields.facts("preferences"),
         )
 
 
@@ -318,6 +334,9 @@ class _Fields:
         if not isinstance(value, dict) or len(value) > most:
             raise self._bad(name, f"must be an object of up to {most} fields")
         return value
+
+    def has(self, name: str) -> bool:
+        return self._get(name) is not None
 
     def _get(self, name: str) -> object:
         return self._fields.get(name)

@@ -35,6 +35,7 @@ class Registry:
         self._probing: set[Engine] = set()
         self.snapshot = Snapshot()
         self.on_change: list[Callable[[Snapshot], None]] = []
+        self.on_failure: list[Callable[[Engine], None]] = []
 
     def nodes_changed(self, _entity: str = "") -> None:
         """Read the nodes again soon; for the change feed."""
@@ -83,6 +84,8 @@ class Registry:
 
     def engine_failed(self, engine: Engine) -> None:
         """A turn failed by this engine's fault."""
+        for callback in self.on_failure:
+            callback(engine)
         if engine.breaker.failed(self._clock.monotonic()):
             log.warning(
                 "engine %s failed %d times in a row: no turns until it answers", engine.key, engine.breaker.failures,

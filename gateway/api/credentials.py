@@ -3,11 +3,12 @@
 A key in a query works because contracts say so; it never reaches a log, since paths are logged without their query.
 """
 
+import hmac
 from collections.abc import Callable
 
 from aiohttp import web
 
-from gateway.api.services import KEYRING
+from gateway.api.services import KEYRING, SETTINGS
 from gateway.errors import Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import IdentityUnavailable, InvalidKey, KeyRing, Principal
 
@@ -35,6 +36,21 @@ async def authenticate(request: web.Request, scope: str) -> Principal:
     if secret is None:
         raise InvalidApiKey(NO_KEY)
     return await principal_of(request.app[KEYRING], secret, scope)
+
+
+async def admin_of(request: web.Request) -> str:
+    """Who administers: the holder of the setting `admin_token`, or of a key with the scope `admin`. For the log.
+
+    Raises InvalidApiKey, Forbidden or Unavailable.
+    """
+    presented = request.headers.get("x-admin-token") or key_in(request.headers.get)
+    if not presented:
+        raise InvalidApiKey("Send the admin token in the header x-admin-token.")
+    token = request.app[SETTINGS].admin_token
+    if token and hmac.compare_digest(presented.encode("utf-8", "surrogatepass"), token.encode()):
+        return "the admin token"
+    principal = await principal_of(request.app[KEYRING], presented, "admin")
+    return f"account {principal.account_id}"
 
 
 async def principal_of(keyring: KeyRing, secret: str, scope: str) -> Principal:

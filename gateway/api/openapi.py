@@ -35,6 +35,30 @@ SECURITY_SCHEMES: dict[str, dict[str, str]] = {
     },
 }
 
+PROVIDER_SCHEMES: dict[str, dict[str, str]] = {
+    "ProviderKey": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-provider-key",
+        "description": "Provider key",
+    },
+    "ProviderApiKey": {
+        "type": "apiKey",
+        "in": "query",
+        "name": "key",
+        "description": "Provider key in the query; prefer the header, which ends up in fewer logs",
+    },
+}
+
+ADMIN_SCHEMES: dict[str, dict[str, str]] = {
+    "AdminToken": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-admin-token",
+        "description": "The setting `admin_token`, or a key with the scope `admin`; also as Bearer",
+    },
+}
+
 
 class CustomerErrorBody(TypedDict):
     """What went wrong."""
@@ -78,7 +102,7 @@ def openapi_document(
         "paths": paths,
         "components": {
             "schemas": schemas.components,
-            "securitySchemes": SECURITY_SCHEMES,
+            "securitySchemes": SECURITY_SCHEMES | PROVIDER_SCHEMES | ADMIN_SCHEMES,
             "headers": {
                 "RequestId": {"description": "Names this request in our logs", "schema": {"type": "string"}}
             },
@@ -157,6 +181,10 @@ def _security(route: Route) -> list[dict[str, list[str]]]:
     by_key: list[dict[str, list[str]]] = [{name: []} for name in SECURITY_SCHEMES]
     if route.auth == "key":
         return by_key
+    if route.auth == "provider":
+        return [{name: []} for name in (*PROVIDER_SCHEMES, "Bearer", "ApiKey")]
+    if route.auth == "admin":
+        return [{name: []} for name in (*ADMIN_SCHEMES, "Bearer")]
     return [{}, *by_key] if route.auth == "optional" else []
 
 
@@ -196,7 +224,7 @@ def _media(media: Media, schemas: Schemas) -> dict[str, Any]:
 def _error_statuses(route: Route) -> list[int]:
     """The statuses that the edge may answer for any route of this kind, and those that the route declares."""
     statuses = {500, *route.errors}
-    if route.auth in ("key", "optional"):
+    if route.auth in ("key", "optional", "provider", "admin"):
         statuses |= {401, 429}
     if route.body is not None:
         statuses |= {400, 413}

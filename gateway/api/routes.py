@@ -14,9 +14,9 @@ from aiohttp import web
 from gateway.errors import Surface
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Auth: TypeAlias = Literal["open", "optional", "key", "node"]
+Auth: TypeAlias = Literal["open", "optional", "key", "node", "provider", "admin"]
 """Who may call: anyone; anyone, and a key changes the answer; the holder of an API key; a node's agent, whose
-provider key is in the body."""
+provider key is in the body; a provider, whose key may be there, too; an admin."""
 
 
 @dataclass(frozen=True, slots=True)

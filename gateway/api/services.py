@@ -11,9 +11,15 @@ from gateway.health import Health
 from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
+from gateway.identity.logins import Logins
+from gateway.identity.providers import ProviderAccounts
 from gateway.lifecycle import Lifecycle
+from gateway.marketplace import Marketplace
+from gateway.request_limits import RequestLimits
+from nodes.events import EventStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
+from nodes.providers import ProviderStore
 from nodes.registry import Registry
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -23,6 +29,12 @@ KEYED_TURNS = web.AppKey("keyed_turns", KeyedTurns)
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REGISTRY = web.AppKey("registry", Registry)
 NODES = web.AppKey("nodes", NodeStore)
+PROVIDERS = web.AppKey("providers", ProviderStore)
+PROVIDER_ACCOUNTS = web.AppKey("provider_accounts", ProviderAccounts)
+MARKETPLACE = web.AppKey("marketplace", Marketplace)
+EVENTS = web.AppKey("events", EventStore)
+LOGINS = web.AppKey[Logins | None]("logins")  # None: no mail can be sent
+REQUEST_LIMITS = web.AppKey("request_limits", RequestLimits)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)

@@ -20,6 +20,8 @@ from gateway.cli.parsing import OWN_VARIABLES, settings_of
 from gateway.cli.probes import reachable_base_url, why_port_is_taken
 from gateway.cli.serve import check_price_book
 
+DEVELOPER_MODE = "POOLGATE_DEVELOPER_MODE"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -68,7 +70,14 @@ class Plan:
             "DATABASE_URL": database_url,
             "REDIS_URL": redis_url,
             "POOLGATE_NODE_NETWORKS": self.settings.node_networks,
+            **self._developer_mode(),
         }
+
+    def _developer_mode(self) -> dict[str, str]:
+        """On loopback nobody else can register: there is no admin to wait for, and mail goes to a folder."""
+        if not is_loopback(self.settings.host):
+            return {}
+        return {DEVELOPER_MODE: os.environ.get(DEVELOPER_MODE, "true")}
 
     def agent_environment(self, node_key: str) -> dict[str, str]:
         """The key goes by environment: every user of the machine may read arguments."""

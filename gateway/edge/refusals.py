@@ -73,7 +73,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception:
         log.exception(
             "a request failed inside poolgate",
-            extra={"action": "request_crashed", "request_id": request_id, "path": request.path},
+            extra={"action": "request_crashed", "request_id": request_id, "path": _route_of(request)},
         )
         response = refuse(ApiError(), surface_of(request.path), request_id, app[METRICS])
     if not isinstance(response, Relayed) and not response.prepared:
@@ -85,6 +85,12 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     if isinstance(response, web.HTTPException):  # aiohttp wants it raised
         raise response
     return response
+
+
+def _route_of(request: web.Request) -> str:
+    """The path as it is declared: in a request's own path a key may stand."""
+    resource = request.match_info.route.resource
+    return "" if resource is None else resource.canonical
 
 
 def _preflight(request: web.Request) -> web.Response:

@@ -19,6 +19,8 @@ class EngineMetrics:
     kv_tokens: int  # tokens that the KV cache holds
     prefix_queries: int  # prompt tokens looked up, since the start
     prefix_hits: int  # of them found
+    prompt_tokens: int | None = None  # worked on since the start; None: it does not tell
+    completion_tokens: int | None = None
 
 
 def parse_metrics(body: bytes) -> EngineMetrics:
@@ -39,7 +41,14 @@ def parse_metrics(body: bytes) -> EngineMetrics:
         kv_tokens=kv_tokens,
         prefix_queries=int(_total(body, b"vllm:prefix_cache_queries_total")),
         prefix_hits=int(_total(body, b"vllm:prefix_cache_hits_total")),
+        prompt_tokens=_counter(body, b"vllm:prompt_tokens_total"),
+        completion_tokens=_counter(body, b"vllm:generation_tokens_total"),
     )
+
+
+def _counter(body: bytes, name: bytes) -> int | None:
+    values = [value for _, value in _series(body, name)]
+    return int(sum(values)) if values else None
 
 
 def _total(body: bytes, name: bytes) -> float:

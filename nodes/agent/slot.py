@@ -68,4 +68,6 @@ class Slot:
             models=self.models,
             block_size=self.metrics.block_size if self.metrics is not None else 0,
             kv_tokens=self.metrics.kv_tokens if self.metrics is not None else 0,
+            prompt_tokens=self.metrics.prompt_tokens if self.metrics is not None else None,
+            completion_tokens=self.metrics.completion_tokens if self.metrics is not None else None,
         )

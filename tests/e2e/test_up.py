@@ -1,14 +1,17 @@
 """`poolgate up` over a stand-in engine, from the first line to the last process."""
 
 import asyncio
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +63,23 @@ def test_usage_and_keys_are_seen_while_it_runs(up: Up) -> None:
     assert eventually(lambda: up.chat(key=made)[0] == 200)
     poolgate(up, "key", "revoke", made[:12])
     assert eventually(lambda: up.chat(key=made)[0] == 401)
+
+
+def test_a_provider_that_registers_works_without_a_click_and_its_code_is_in_the_mail_folder(up: Up) -> None:
+    """On loopback `up` is in developer mode."""
+    base = f"http://127.0.0.1:{up.port}/api/providers"
+
+    def post(path: str, **body: str) -> Any:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{base}/{path}", data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    made = post("register", name="Ahmed", email="ahmed@example.sa", gpu_model="RTX 4090", os="linux")
+    assert made["approval_status"] == "approved"
+    assert post("heartbeat", api_key=made["api_key"])["approved"] is True
+    post("login-email", email="ahmed@example.sa")
+    assert eventually(lambda: list((up.folder / "mail").glob("*.eml")))
 
 
 def test_a_second_one_on_the_same_folder_is_told_of_the_first(up: Up) -> None:

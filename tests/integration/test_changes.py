@@ -61,7 +61,7 @@ NODE = ("node", "00000000-0000-0000-0000-000000000001")
 
 @pytest.fixture
 async def rows(pool: asyncpg.Pool) -> None:
-    await pool.execute("insert into accounts (name) values ('a')")
+    await pool.execute("insert into accounts (name, is_provider) values ('a', true)")
     await pool.execute(
         f"insert into api_keys (account_id, digest, prefix) values (1, '\\x{KEY[1]}', 'sk'),"
         f" (1, '\\x{'cd' * 32}', 'sk')"

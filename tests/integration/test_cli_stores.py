@@ -18,6 +18,8 @@ from gateway.__main__ import main
 from gateway.cli.usage import CHART_COLUMNS, chart
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import hash_secret, load_pepper
+from nodes.heartbeats import NodeStore
+from nodes.protocol import Heartbeat
 from tests.conftest import database_named
 from tests.journals import ship_everything, turn
 
@@ -300,3 +302,38 @@ async def execute(url: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close()
+
+
+def test_a_provider_is_listed_rejected_and_approved(cli: Cli) -> None:
+    cli("account", "create", "--name", "acme")
+    made = as_json(cli("account", "create", "--name", "rack-1", "--provider", "--json"))
+    (listed,) = as_json(cli("node", "list", "--json"))
+    assert (listed["id"], listed["name"], listed["approval"], listed["status"]) == (
+        made["id"], "rack-1", "approved", "registered",
+    )  # fmt: skip
+    assert as_json(cli("node", "reject", "rack-1", "--json"))["approval"] == "rejected"
+    assert "rejected" in cli("node", "list")
+    assert "its nodes may take work" in cli("node", "approve", str(made["id"]))
+    assert "acme is no provider" in cli("node", "approve", "acme", code=1)
+    assert "no account 'nobody'" in cli("node", "approve", "nobody", code=1)
+
+
+def test_a_node_is_suspended_and_released(cli: Cli, settings: Settings) -> None:
+    made = as_json(cli("account", "create", "--name", "rack-1", "--provider", "--json"))
+    node_id = "0197b0c4-5f0e-7c3e-9d5b-5a3f6f0c1a2b"
+
+    async def beat() -> str:
+        async with await open_pool(settings.database_url, max_size=1, timeout_s=5.0) as pool:
+            await NodeStore(pool).record(made["id"], Heartbeat(api_key="-", node_id=node_id), ())
+            return str(await pool.fetchval("select state from nodes"))
+
+    assert cli("node", "show", "rack-1").startswith("no nodes yet")
+    asyncio.run(beat())
+    assert as_json(cli("node", "suspend", node_id, "--json"))["state"] == "suspended"
+    assert asyncio.run(beat()) == "suspended"
+    (shown,) = as_json(cli("node", "show", "rack-1", "--json"))
+    assert (shown["node_id"], shown["state"]) == (node_id, "suspended")
+    assert as_json(cli("node", "release", node_id, "--json"))["state"] == "online"
+    assert "is online" in cli("node", "release", node_id)
+    assert "no node id" in cli("node", "suspend", "rack-1", code=1)
+    assert "there is no node" in cli("node", "suspend", "00000000-0000-7000-8000-000000000000", code=1)

@@ -16,13 +16,20 @@ def captured(name: str) -> bytes:
 
 def test_an_idle_engine_is_read() -> None:
     assert parse_metrics(captured("get_metrics_before.resp")) == EngineMetrics(
-        load=EngineLoad(), block_size=128, kv_tokens=46592, prefix_queries=0, prefix_hits=0
+        load=EngineLoad(),
+        block_size=128,
+        kv_tokens=46592,
+        prefix_queries=0,
+        prefix_hits=0,
+        prompt_tokens=0,
+        completion_tokens=0,
     )
 
 
 def test_an_engine_with_adapters_is_read() -> None:
     metrics = parse_metrics(captured("lora__metrics.resp"))
     assert (metrics.prefix_queries, metrics.prefix_hits, metrics.load.is_idle) == (74, 0, True)
+    assert (metrics.prompt_tokens, metrics.completion_tokens) == (74, 20)
 
 
 def test_a_captured_body_with_other_numbers_gives_them() -> None:

@@ -26,6 +26,8 @@ ENGINE = EngineReport(
     models=(ModelInfo(id="toy", context_length=64), ModelInfo(id="ft", parent="toy")),
     block_size=32,
     kv_tokens=4096,
+    prompt_tokens=100,
+    completion_tokens=0,
 )
 BEAT = Heartbeat(
     api_key="dc1-provider-x",
@@ -45,7 +47,15 @@ def test_a_heartbeat_survives_the_wire() -> None:
 
 
 def test_a_reply_survives_the_wire() -> None:
-    reply = HeartbeatReply(node_id=NODE, epoch=3, lease_s=90.0, heartbeat_interval_s=30.0, needs_update=True)
+    reply = HeartbeatReply(
+        node_id=NODE,
+        epoch=3,
+        lease_s=90.0,
+        heartbeat_interval_s=30.0,
+        needs_update=True,
+        state="paused",
+        preferences={"temp_limit_c": 70},
+    )
     assert HeartbeatReply.from_json(json.loads(json.dumps(reply.to_json()))) == reply
 
 

@@ -29,6 +29,8 @@ def test_the_promised_commands_exist() -> None:
         "poolgate recover", "poolgate doctor", "poolgate version",
         "poolgate account create", "poolgate account list", "poolgate account show", "poolgate account credit",
         "poolgate account zone", "poolgate account suspend", "poolgate account resume",
+        "poolgate node list", "poolgate node approve", "poolgate node reject",
+        "poolgate node show", "poolgate node suspend", "poolgate node release",
         "poolgate statement", "poolgate audit",
         "poolgate key create", "poolgate key list", "poolgate key revoke",
         "poolgate limit set", "poolgate limit show",

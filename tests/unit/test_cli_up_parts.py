@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from config.defaults import Settings
 from gateway.cli.logfiles import LOG_BYTES_MAX, LogFile, read_line
-from gateway.cli.plan import is_loopback, with_networks
+from gateway.cli.plan import DEVELOPER_MODE, Plan, is_loopback, with_networks
 from gateway.cli.probes import reachable_base_url
 from gateway.cli.restarts import PAUSE_MAX_S, QUICK_DEATHS_MAX, WINDOW_S, Restarts, how_it_ended
 from gateway.cli.snippets import Greeting, greeting
@@ -134,3 +135,16 @@ def test_the_greeting_has_all_that_a_first_user_needs() -> None:
         '"tiny"',
     ):
         assert needed in text
+
+
+@pytest.mark.parametrize(("host", "mode"), [("127.0.0.1", "true"), ("localhost", "true"), ("0.0.0.0", None)])
+def test_developer_mode_is_for_loopback_and_can_be_turned_off(
+    host: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(DEVELOPER_MODE, raising=False)
+    plan = Plan(
+        settings=Settings(host=host), config=None, base_url="", key=None, has_node=False, models=(), engine_urls=()
+    )  # fmt: skip
+    assert plan.serve_environment("", "").get(DEVELOPER_MODE) == mode
+    monkeypatch.setenv(DEVELOPER_MODE, "false")
+    assert plan.serve_environment("", "")[DEVELOPER_MODE] == "false"

@@ -1,7 +1,6 @@
 """POST /api/providers/heartbeat: agents report their node; the reply says how long that lasts."""
 
 import logging
-import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -14,13 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
+from gateway.api.provider.asking import node_of_account
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.services import KEYRING, LOAD, NETWORKS, NODES, PROVIDERS, REQUEST_LIMITS, SETTINGS
 from gateway.api.system.answers import json_answer
-from gateway.errors import BadRequest, Forbidden, Unavailable
+from gateway.errors import BadRequest, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
-from nodes.heartbeats import EngineUrlRefused, NodeOfAnother
-from nodes.protocol import BadMessage, Heartbeat, HeartbeatReply
+from gateway.identity.providers import SCOPE
+from nodes.heartbeats import EngineUrlRefused, NodeOfAnother, TooManyNodes
+from nodes.protocol import MIN_AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
+from nodes.providers import UnknownProvider
+from nodes.versions import is_older
 
 log = logging.getLogger("poolgate.nodes")
 
@@ -28,9 +31,6 @@ routes = Routes(surface="plain", tag="Providers")
 
 HEARTBEAT_BYTES_MAX = 2**20
 """A node with 64 engines of hundreds of adapters each stays below half of this."""
-
-NODE_OF_KEY = uuid.UUID("6f1d1c0e-6f0a-4d0c-9a57-0f3c5a3a7f10")
-"""Namespace of node ids for agents that name none: then a provider has one node."""
 
 
 class HeartbeatBody(BaseModel):
@@ -69,16 +69,26 @@ class HeartbeatAnswer(BaseModel):
     epoch: int
     lease_s: float
     heartbeat_interval_s: float
+    state: str
+    preferences: dict[str, Any]
 
 
 @routes.post(
     "/api/providers/heartbeat", summary="A node's agent reports", body=HeartbeatBody, answers={200: HeartbeatAnswer},
-    errors=(400, 401, 403, 413, 503), auth="node",
+    errors=(400, 401, 403, 413, 429, 503), auth="node",
 )  # fmt: skip
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
+    limits = request.app[REQUEST_LIMITS]
     beat = _decode(await read_body(request, HEARTBEAT_BYTES_MAX), presented_key(request))
-    principal = await principal_of(request.app[KEYRING], beat.api_key, "node")
+    try:
+        principal = await principal_of(request.app[KEYRING], beat.api_key, SCOPE)
+    except InvalidApiKey:
+        await limits.admit_bad_beat(request)
+        raise
+    if not beat.node_id:
+        beat = replace(beat, node_id=node_of_account(principal.account_id))
+    await limits.admit_beat(beat.node_id, is_ours=bool(beat.agent_version))
     try:
         reply = await _record(request, beat, principal)
     except asyncpg.DataError:
@@ -98,31 +108,52 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
 
 
 async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -> HeartbeatReply:
-    account = await request.app[ACCOUNTS].show(principal.account_id)
-    if account.approval_status != "approved":
+    settings = request.app[SETTINGS]
+    try:
+        provider = await request.app[PROVIDERS].standing(principal.account_id)
+    except UnknownProvider:
+        raise Forbidden("This key's account is no provider.") from None
+    if provider.approval_status != "approved":
         raise Forbidden("Provider not approved yet.")
-    if not beat.node_id:
-        beat = replace(beat, node_id=str(uuid.uuid5(NODE_OF_KEY, str(principal.account_id))))
     networks = request.app[NETWORKS]
     try:
         for engine in beat.engines:
             networks.address(engine.url)
-        lease = await request.app[NODES].record(principal.account_id, beat, beat.engines)
+        lease = await request.app[NODES].record(
+            principal.account_id, beat, beat.engines, credit_s=settings.heartbeat_grace_s,
+            nodes_max=settings.provider_nodes_max,
+        )  # fmt: skip
     except EngineUrlRefused as error:
         raise BadRequest(f"engines[].url: {error}") from None
     except NodeOfAnother:
-        raise BadRequest("node_id is in use; remove the agent's file `node_id` to get another one.") from None
+        raise BadRequest(
+            "node_id is not valid for this key; remove the agent's file `node_id` to get another one."
+        ) from None
+    except TooManyNodes:
+        raise BadRequest(
+            f"This provider has {settings.provider_nodes_max} nodes, and may have no more."
+        ) from None
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
     await request.app[LOAD].report(loads)
-    settings = request.app[SETTINGS]
+    is_outdated = is_older(beat.agent_version or _daemon_version(beat), MIN_AGENT_VERSION)
     return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        approval_status=account.approval_status,
+        needs_update=is_outdated,
+        update_available=is_outdated,
+        approval_status=provider.approval_status,
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
         heartbeat_interval_s=settings.heartbeat_interval_s,
+        state=lease.state,
+        preferences=provider.preferences.to_json(),
     )
+
+
+def _daemon_version(beat: Heartbeat) -> str:
+    """Where the contract's own daemon tells it."""
+    told = beat.gpu_status.get("daemon_version")
+    return told if isinstance(told, str) else ""
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:
