@@ -24,13 +24,15 @@ from gateway import VERSION
 from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
+from gateway.api.admin import commands as node_commands
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
-from gateway.api.provider import heartbeat
+from gateway.api.provider import control_socket, downloads, heartbeat, setup
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
+from gateway.control import ControlHub
 from gateway.edge.cors import Cors
 from gateway.edge.door import Door
 from gateway.edge.handover import ClientProtocol
@@ -49,6 +51,7 @@ from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
 from gateway.tls import TlsFiles
+from nodes.commands import CommandStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
@@ -63,6 +66,10 @@ ROUTES: tuple[RouteSet, ...] = (
     complete.routes,
     models.routes,
     heartbeat.routes,
+    control_socket.routes,
+    downloads.routes,
+    setup.routes,
+    node_commands.routes,
     health.routes,
 )
 
@@ -124,6 +131,11 @@ class Gateway:
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
+        self._commands = CommandStore(self._pool)
+        self._control = ControlHub(self._commands, self._load)
+        feed.on("node_command", self._control.node_news)
+        feed.on("key", self._control.all_news)
+        feed.on("account", self._control.all_news)
 
         self.money = Money(
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
@@ -160,6 +172,7 @@ class Gateway:
             self.registry.run(nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
+            self._control.run(),
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),
@@ -186,6 +199,9 @@ class Gateway:
         app[services.KEYED_TURNS] = self.keyed_turns
         app[services.REGISTRY] = self.registry
         app[services.NODES] = nodes
+        app[services.VALKEY] = self._valkey
+        app[services.COMMANDS] = self._commands
+        app[services.CONTROL] = self._control
         app[services.NETWORKS] = networks
         app[services.LOAD] = self._load
         app[services.PRICES] = prices
@@ -278,6 +294,7 @@ class Gateway:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
         self.door.drain()
+        await self._control.close()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None

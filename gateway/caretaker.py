@@ -19,6 +19,7 @@ from billing.retention import keep_partitions, trim_hours
 from config.changes import trim_changes
 from config.defaults import Settings
 from config.postgres import AWAY
+from nodes.commands import CommandStore
 from nodes.heartbeats import NodeStore
 
 log = logging.getLogger("poolgate.caretaker")
@@ -117,3 +118,4 @@ class Caretaker:
         await trim_leases(self._pool)
         await trim_windows(self._pool)
         await trim_claims(self._pool, self._settings)
+        await CommandStore(self._pool).trim()

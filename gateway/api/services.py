@@ -1,10 +1,12 @@
 """What handlers need, under typed keys: put into the application by `gateway.app`, read by `gateway.api`."""
 
 from aiohttp import web
+from redis.asyncio import Redis
 
 from billing.prices import PriceBook
 from config.defaults import Settings
 from config.metrics import Metrics
+from gateway.control import ControlHub
 from gateway.edge.cors import Cors
 from gateway.edge.refused import RefusedKeys
 from gateway.health import Health
@@ -12,6 +14,7 @@ from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.lifecycle import Lifecycle
+from nodes.commands import CommandStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
@@ -23,6 +26,8 @@ KEYED_TURNS = web.AppKey("keyed_turns", KeyedTurns)
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REGISTRY = web.AppKey("registry", Registry)
 NODES = web.AppKey("nodes", NodeStore)
+COMMANDS = web.AppKey("commands", CommandStore)
+CONTROL = web.AppKey("control", ControlHub)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
@@ -30,5 +35,7 @@ HEALTH = web.AppKey("health", Health)
 CORS = web.AppKey("cors", Cors)
 REFUSED_KEYS = web.AppKey("refused_keys", RefusedKeys)
 METRICS = web.AppKey("metrics", Metrics)
+
+VALKEY = web.AppKey("valkey", Redis)
 
 REQUEST_ID = web.RequestKey("request_id", str)

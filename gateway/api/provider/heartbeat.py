@@ -15,12 +15,15 @@ from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.services import ACCOUNTS, COMMANDS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
 from gateway.api.system.answers import json_answer
-from gateway.errors import BadRequest, Forbidden, Unavailable
+from gateway.errors import BadRequest, Conflict, Forbidden, Unavailable
 from gateway.identity.keyring import Principal
-from nodes.heartbeats import EngineUrlRefused, NodeOfAnother
-from nodes.protocol import BadMessage, Heartbeat, HeartbeatReply
+from nodes.commands import Briefing
+from nodes.control_messages import Progress
+from nodes.heartbeats import EngineUrlRefused, NodeFenced, NodeOfAnother
+from nodes.protocol import AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
+from nodes.versions import is_older
 
 log = logging.getLogger("poolgate.nodes")
 
@@ -47,9 +50,15 @@ class HeartbeatBody(BaseModel):
     resource_spec: dict[str, Any] | None = None
     node_id: str | None = Field(None, description="UUID that the agent keeps; without it a key has one node")
     epoch: int | None = None
+    instance: str | None = Field(
+        None, description="UUID of the agent's process; a new one with epoch 0 takes the node"
+    )
     agent_version: str | None = None
     engines: list[dict[str, Any]] | None = None
     load: dict[str, dict[str, Any]] | None = None
+    progress: list[dict[str, Any]] | None = Field(
+        None, description="Of commands, where no websocket tells it"
+    )
 
 
 class HeartbeatAnswer(BaseModel):
@@ -65,6 +74,8 @@ class HeartbeatAnswer(BaseModel):
     approval_status: str
     approved: bool
     preload_model: dict[str, Any] | None
+    wanted: str
+    commands: list[dict[str, Any]]
     node_id: str
     epoch: int
     lease_s: float
@@ -73,7 +84,7 @@ class HeartbeatAnswer(BaseModel):
 
 @routes.post(
     "/api/providers/heartbeat", summary="A node's agent reports", body=HeartbeatBody, answers={200: HeartbeatAnswer},
-    errors=(400, 401, 403, 413, 503), auth="node",
+    errors=(400, 401, 403, 409, 413, 503), auth="node",
 )  # fmt: skip
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
@@ -81,6 +92,8 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     principal = await principal_of(request.app[KEYRING], beat.api_key, "node")
     try:
         reply = await _record(request, beat, principal)
+    except BadMessage as error:
+        raise BadRequest(str(error)) from None
     except asyncpg.DataError:
         raise BadRequest(
             "The heartbeat has a text or a number that can't be kept, as one with a NUL."
@@ -104,6 +117,7 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
     if not beat.node_id:
         beat = replace(beat, node_id=str(uuid.uuid5(NODE_OF_KEY, str(principal.account_id))))
     networks = request.app[NETWORKS]
+    progress = [Progress.from_json(report) for report in beat.progress]
     try:
         for engine in beat.engines:
             networks.address(engine.url)
@@ -112,17 +126,44 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise BadRequest(f"engines[].url: {error}") from None
     except NodeOfAnother:
         raise BadRequest("node_id is in use; remove the agent's file `node_id` to get another one.") from None
+    except NodeFenced:
+        raise Conflict("Another agent has taken this node since.") from None
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
     await request.app[LOAD].report(loads)
+    await request.app[COMMANDS].progress(beat.node_id, progress)
+    briefing = await request.app[COMMANDS].briefing(beat.node_id)
     settings = request.app[SETTINGS]
     return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         approval_status=account.approval_status,
+        **_versions(beat.agent_version, settings.agent_version_min),
+        **_wishes(briefing),
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
         heartbeat_interval_s=settings.heartbeat_interval_s,
     )
+
+
+def _versions(agent: str, least: str) -> dict[str, Any]:
+    """An agent that names no version is another one than ours, which this gateway can't update."""
+    return {
+        "min_version": least,
+        "needs_update": bool(agent) and is_older(agent, least),
+        "update_available": bool(agent) and is_older(agent, AGENT_VERSION),
+    }
+
+
+def _wishes(briefing: Briefing | None) -> dict[str, Any]:
+    """What is wanted of the node and the commands that it has not done, the first model to load among them once more."""
+    if briefing is None:
+        return {}
+    models = [each.arguments["model_name"] for each in briefing.commands if each.name == "preload_model"]
+    return {
+        "wanted": briefing.wanted,
+        "commands": tuple(command.to_json() for command in briefing.commands),
+        "preload_model": {"model_name": models[0], "status": "downloading"} if models else None,
+    }
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:
