@@ -26,7 +26,14 @@ CONTRACT = {
     "success": bool, "message": str, "timestamp": str, "update_available": bool, "needs_update": bool,
     "latest_version": str, "min_version": str, "approval_status": str, "approved": bool, "preload_model": object,
 }  # fmt: skip
-OURS = {"node_id": str, "epoch": int, "lease_s": float, "heartbeat_interval_s": float}
+OURS = {
+    "wanted": str,
+    "commands": list,
+    "node_id": str,
+    "epoch": int,
+    "lease_s": float,
+    "heartbeat_interval_s": float,
+}
 
 
 class Provider:
