@@ -554,6 +554,14 @@ class Settings:
         1.0, "how often the agent reads an engine's health and metrics", low=0.05, high=60, unit="seconds"
     )
 
+    temp_limit_c: int = knob(
+        0,
+        "a GPU this hot gets no new turns, and its engines end if that does not help; the provider's own limit, if it is"
+        " lower, holds; 0: only that one",
+        low=0,
+        high=150,
+        unit="°C",
+    )
     model_source: str = knob(
         "https://huggingface.co",
         "hub that `preload_model` gets models from that are not on the host; empty: none are downloaded",

@@ -134,8 +134,8 @@ class Gateway:
         self._commands = CommandStore(self._pool)
         self._control = ControlHub(self._commands, self._load)
         feed.on("node_command", self._control.node_news)
-        feed.on("key", self._control.all_news)
-        feed.on("account", self._control.all_news)
+        feed.on("key", self._control.key_news)
+        feed.on("account", self._control.account_news)
 
         self.money = Money(
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
@@ -294,7 +294,7 @@ class Gateway:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
         self.door.drain()
-        await self._control.close()
+        self._control.close()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None

@@ -20,6 +20,7 @@ from nodes.control_messages import (
     FENCED,
     GOING_AWAY,
     LEASE_MESSAGE,
+    NOT_UNDERSTOOD,
     REFUSED,
     Progress,
     read_loads,
@@ -40,23 +41,46 @@ RETRY_S = 1.0
 """Pause after PostgreSQL did not tell what an agent is to know."""
 
 CLOSE_S = 2.0
+CLOSE_BYTES_MAX = 120
+"""A close frame has room for 123."""
 
-MayStay = Callable[[], Awaitable[bool]]
+KeyIsGood = Callable[[], Awaitable[bool]]
 
 
 class Session:
-    """One agent's websocket. `news` is set when the agent may have to know more."""
+    """One agent's websocket. `news` is set when its key may be no good any more, or, if a briefing `is_due` as well, when it
+    may have to know more."""
 
-    def __init__(self, socket: web.WebSocketResponse, node_id: str, instance: str, may_stay: MayStay) -> None:
+    def __init__(
+        self,
+        socket: web.WebSocketResponse,
+        node_id: str,
+        instance: str,
+        account_id: int,
+        key_is_good: KeyIsGood,
+    ) -> None:
         self.socket = socket
         self.node_id = node_id
         self.instance = instance
-        self.may_stay = may_stay
+        self.account_id = account_id
+        self.key_is_good = key_is_good
         self.news = asyncio.Event()
-        self.news.set()
+        self.is_due = False
+        self.brief()
         self.wanted = ""
         self.sent: set[int] = set()
         self.lease_told_s = float("-inf")
+        self.over: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+
+    def brief(self) -> None:
+        """Ask what its agent is to know."""
+        self.is_due = True
+        self.news.set()
+
+    def end(self, code: int, why: str) -> None:
+        """Close it, for the first reason that there is."""
+        if not self.over.done():
+            self.over.set_result((code, why))
 
 
 class ControlHub:
@@ -73,13 +97,17 @@ class ControlHub:
 
     def node_news(self, entity: str) -> None:
         """For the change feed, kind `node_command`: a node, or EVERYTHING."""
-        if entity == EVERYTHING:
-            self.all_news()
-        elif entity in self._sessions:
-            self._sessions[entity].news.set()
+        for node_id in self._sessions if entity == EVERYTHING else {entity} & self._sessions.keys():
+            self._sessions[node_id].brief()
 
-    def all_news(self, _entity: str = "") -> None:
-        """For the change feed, kinds `key` and `account`: whoever is connected may have lost the right to be."""
+    def account_news(self, entity: str) -> None:
+        """For the change feed: an account, or EVERYTHING."""
+        for session in self._sessions.values():
+            if entity in (EVERYTHING, str(session.account_id)):
+                session.brief()
+
+    def key_news(self, _entity: str) -> None:
+        """For the change feed: a key, which is known by its digest, so all are looked at; the keyring has them in memory."""
         for session in self._sessions.values():
             session.news.set()
 
@@ -96,23 +124,28 @@ class ControlHub:
         before = self._sessions.get(session.node_id)
         self._sessions[session.node_id] = session
         if before is not None:
-            before.news.set()
+            before.brief()
         log.info(
             "node %s is connected",
             session.node_id,
             extra={"action": "control_opened", "node": session.node_id},
         )
-        telling = asyncio.create_task(self._tell(session))
+        parts = {asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))}
         try:
-            await self._hear(session)
+            await asyncio.wait({*parts, session.over}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            telling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await telling
+            for part in parts:
+                part.cancel()
+            ends = await asyncio.gather(*parts, return_exceptions=True)
             if self._sessions.get(session.node_id) is session:
                 del self._sessions[session.node_id]
+        if session.over.done():
+            await _close(session.socket, *session.over.result())
+        for end in ends:
+            if isinstance(end, Exception) and not isinstance(end, ConnectionError):
+                raise end
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """The worker ends: agents connect to another one."""
         sessions = list(self._sessions.values())
         await asyncio.gather(
@@ -130,19 +163,25 @@ class ControlHub:
                     return
             except AWAY:
                 await asyncio.sleep(RETRY_S)
-                session.news.set()
+                session.brief()
 
     async def _tell_news(self, session: Session) -> bool:
         """False once the session is over."""
         if self._sessions.get(session.node_id) is not session:
-            await _close(session, GOING_AWAY, "connected anew")
+            session.end(GOING_AWAY, "connected anew")
             return False
+        if not await session.key_is_good():
+            session.end(REFUSED, "this key is not valid any more")
+            return False
+        if not session.is_due:
+            return True
+        session.is_due = False
         briefing = await self._commands.briefing(session.node_id)
-        if briefing is None or not await session.may_stay():
-            await _close(session, REFUSED, "this key may not act for this node")
+        if briefing is None or not briefing.is_approved:
+            session.end(REFUSED, "this key may not act for this node")
             return False
         if briefing.instance not in ("", session.instance):
-            await _close(session, FENCED, "another agent has taken this node")
+            session.end(FENCED, "another agent has taken this node")
             return False
         for message in news_of(session, briefing):
             await session.socket.send_json(message)
@@ -157,7 +196,7 @@ class ControlHub:
             try:
                 await self._take(session, json.loads(message.data))
             except (ValueError, BadMessage, RecursionError) as error:
-                await _close(session, 4400, f"not understood: {error}")
+                session.end(NOT_UNDERSTOOD, f"not understood: {error}")
                 return
 
     async def _take(self, session: Session, message: object) -> None:
@@ -172,7 +211,7 @@ class ControlHub:
                 await self._commands.progress(session.node_id, (report,))
             if report.has_ended:
                 session.sent.discard(report.id)
-                session.news.set()
+                session.brief()
 
     async def _renew(self, session: Session) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -192,8 +231,8 @@ def news_of(session: Session, briefing: Briefing) -> list[Mapping[str, Any]]:
     return messages
 
 
-async def _close(session: Session, code: int, why: str) -> None:
+async def _close(socket: web.WebSocketResponse, code: int, why: str) -> None:
     """An agent that does not answer the close is left to itself."""
     with contextlib.suppress(TimeoutError, ConnectionError):
         async with asyncio.timeout(CLOSE_S):
-            await session.socket.close(code=code, message=why.encode()[:120])
+            await socket.close(code=code, message=why.encode()[:CLOSE_BYTES_MAX])

@@ -37,6 +37,7 @@ class Briefing:
     """What an agent is to know: `instance` has the lease, `commands` are not done yet."""
 
     account_id: int
+    is_approved: bool  # its provider, whose account is active
     state: str
     instance: str
     wanted: str = SERVE
@@ -77,15 +78,18 @@ class CommandStore:
         """All that a node's agent is to know; None for an unknown node."""
         node = uuid.UUID(node_id)
         async with self._pool.acquire() as connection:
-            row = await connection.fetchrow(
-                "select account_id, state, instance, wanted from nodes where id = $1", node
-            )
+            row = await connection.fetchrow(NODE, node)
             if row is None:
                 return None
             commands = await connection.fetch(PENDING, node)
         wanted = WANTED_BY_STATE.get(row["state"], row["wanted"])  # its provider may have paused it
         return Briefing(
-            row["account_id"], row["state"], row["instance"], wanted, tuple(map(_command, commands))
+            row["account_id"],
+            row["is_approved"],
+            row["state"],
+            row["instance"],
+            wanted,
+            tuple(map(_command, commands)),
         )
 
     async def progress(self, node_id: str, reports: Iterable[Progress]) -> None:
@@ -111,6 +115,12 @@ class CommandStore:
 def _command(row: asyncpg.Record) -> Command:
     return Command(row["id"], row["name"], json.loads(row["arguments"]))
 
+
+NODE = """
+select n.account_id, n.state, n.instance, n.wanted,
+    a.status = 'active' and a.is_provider and a.approval_status = 'approved' as is_approved
+from nodes n join accounts a on a.id = n.account_id where n.id = $1
+"""
 
 WANT = """
 update nodes set wanted = $2, state = case

@@ -19,8 +19,8 @@ MESSAGE_BYTES_MAX = 64 * 1024
 COMMANDS_MAX = 32
 """Commands of one node that are not done yet: more are refused, since something is wrong with the node or its admin."""
 
-FENCED, REFUSED, GOING_AWAY = 4409, 4403, 1001
-"""Close codes: another agent has this node; the key or its account may not any more; the worker ends."""
+FENCED, REFUSED, NOT_UNDERSTOOD, GOING_AWAY = 4409, 4403, 4400, 1001
+"""Close codes: another agent has this node; the key or its account may not any more; no message; the worker ends."""
 
 SERVE, PAUSE, DRAIN = "serve", "pause", "drain"
 WANTED = (SERVE, PAUSE, DRAIN)

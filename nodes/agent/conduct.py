@@ -6,6 +6,7 @@ The decisions are `preferences`', obeying is the engines'. Says once, with the r
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, time
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -48,7 +49,7 @@ class Conduct:
     ) -> None:
         self._inventory, self._lease, self._settings = inventory, lease, settings
         self._conduct, self._refit, self._event, self._stopping = conduct, refit, event, stopping
-        self.preferences = Preferences()
+        self.preferences = self._with_own_limit(Preferences())
         self.wanted = WANTED_SERVE
         self._was_started = False
         self._heat = Heat()
@@ -76,7 +77,7 @@ class Conduct:
     def learn(self, reply: HeartbeatReply) -> None:
         """A heartbeat's reply tells what is wanted and preferred."""
         before = self.preferences
-        self.preferences = read_preferences(reply.preferences)
+        self.preferences = self._with_own_limit(read_preferences(reply.preferences))
         self.want(reply.wanted)
         if before.gpu_usage_cap_pct != self.preferences.gpu_usage_cap_pct or (
             before.vram_reserve_gb != self.preferences.vram_reserve_gb
@@ -113,6 +114,11 @@ class Conduct:
             self._conduct("lease", SERVING if self._was_leased else UNLEASED)
             if not self._was_leased:
                 log.warning("no new turns: %s", UNLEASED.reason, extra={"action": "lease_expired"})
+
+    def _with_own_limit(self, preferences: Preferences) -> Preferences:
+        """The lower of the provider's limit and this host's own."""
+        limits = [limit for limit in (preferences.temp_limit_c, self._settings.temp_limit_c) if limit]
+        return replace(preferences, temp_limit_c=min(limits, default=0))
 
     def _say(self, duty: Duty) -> None:
         if duty.level == SERVE:

@@ -21,7 +21,8 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((ROOT / name).read_bytes())
     assert build_zipapp(tmp_path).sha256 == app.sha256
-    (tmp_path / "nodes" / "protocol.py").open("a").write("\n")
+    protocol = tmp_path / "nodes" / "protocol.py"
+    protocol.write_text(protocol.read_text() + "\n")
     assert build_zipapp(tmp_path).sha256 != app.sha256
 
 

@@ -112,7 +112,7 @@ def _read(body: bytes) -> tuple[str, dict[str, str]]:
     """The command and its arguments. Raises BadRequest."""
     try:
         given: Any = json.loads(body)
-        name, arguments = given["command"], given.get("arguments") or {}
+        name, arguments = given["command"], given.get("arguments", {})
         if name in STATES and not arguments:
             return name, {}
         command = Command.from_json({"name": name, "arguments": arguments})

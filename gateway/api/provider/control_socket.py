@@ -8,9 +8,10 @@ from aiohttp import web
 from config.postgres import AWAY
 from gateway.api.credentials import authenticate, presented_key, principal_of
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, COMMANDS, CONTROL, KEYRING
+from gateway.api.services import COMMANDS, CONTROL, KEYRING
 from gateway.control import Session
 from gateway.errors import ApiError, BadRequest, Conflict, Forbidden, NotFound, Unavailable
+from gateway.identity.keyring import KeyRing
 from nodes.control_messages import CONTROL_PATH, INSTANCE_HEADER, MESSAGE_BYTES_MAX, NODE_HEADER
 
 routes = Routes(surface="plain", tag="Providers")
@@ -35,12 +36,11 @@ async def control(request: web.Request) -> web.StreamResponse:
     assert key is not None
     try:
         briefing = await request.app[COMMANDS].briefing(node_id)
-        is_approved = await _is_approved(request.app, key, principal.account_id)
     except AWAY:
         raise Unavailable("Nodes can't be read right now. Try again shortly.", retry_after_s=2) from None
     if briefing is None or briefing.account_id != principal.account_id:
         raise NotFound("There is no such node: a heartbeat makes it.")
-    if not is_approved:
+    if not briefing.is_approved:
         raise Forbidden("Provider not approved yet.")
     if briefing.instance not in ("", instance):
         raise Conflict("Another agent has taken this node.")
@@ -48,20 +48,20 @@ async def control(request: web.Request) -> web.StreamResponse:
     if not socket.can_prepare(request):
         raise BadRequest("This path is a websocket: connect with an Upgrade.")
     await socket.prepare(request)
-    may_stay = partial(_is_approved, request.app, key, principal.account_id)
-    await request.app[CONTROL].serve(Session(socket, node_id, instance, may_stay))
+    key_is_good = partial(_is_good, request.app[KEYRING], key)
+    await request.app[CONTROL].serve(Session(socket, node_id, instance, principal.account_id, key_is_good))
     return socket
 
 
-async def _is_approved(app: web.Application, key: str, account_id: int) -> bool:
-    """Whether the key is still good and its account approved; raises what tells that it can't be known."""
+async def _is_good(keyring: KeyRing, key: str) -> bool:
+    """Unless it is known not to be."""
     try:
-        await principal_of(app[KEYRING], key, "node")
+        await principal_of(keyring, key, "node")
     except Unavailable:
         return True  # the keyring can't say: nothing was revoked that this worker knows of
     except ApiError:
         return False
-    return (await app[ACCOUNTS].show(account_id)).approval_status == "approved"
+    return True
 
 
 def _uuid(request: web.Request, header: str) -> str:
