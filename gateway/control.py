@@ -147,10 +147,8 @@ class ControlHub:
 
     def close(self) -> None:
         """The worker ends: agents connect to another one."""
-        sessions = list(self._sessions.values())
-        await asyncio.gather(
-            *(_close(session, GOING_AWAY, "the gateway worker ends") for session in sessions)
-        )
+        for session in self._sessions.values():
+            session.end(GOING_AWAY, "the gateway worker ends")
 
     # --- down -----------------------------------------------------------------------------------------------------
 
