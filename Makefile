@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 py = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help up engine test engine-test browser browser-test soak lint bench bench-peers clean venv install install-test
+.PHONY: help up engine test engine-test browser browser-test installer-test debootstrap soak lint bench bench-peers clean venv install install-test
 
 help: ## list the targets
 	@echo 'poolgate: one OpenAI-compatible endpoint over a pool of GPU hosts'
@@ -34,7 +34,7 @@ engine: install ## build the CPU engine (2.7 GB on disk) and convert its model; 
 	@exec $(py) -m nodes.agent.build --into "$(VENV)/engine" $(if $(filter engine,$(MAKECMDGOALS)),$(ARGS))
 
 test: install-test ## run every test that needs no vLLM
-	@exec $(py) -m pytest -m "not engine and not browser" $(ARGS)
+	@exec $(py) -m pytest -m "not engine and not browser and not installer" $(ARGS)
 
 engine-test: install-test engine ## run the tests against a real vLLM (builds the engine first)
 	@exec $(py) -m pytest -m engine $(ARGS)
@@ -45,6 +45,13 @@ browser: ## install Debian's chromium with apt-get (as root); skipped when it is
 
 browser-test: install-test browser ## run the tests of pages in a real browser (installs it first)
 	@exec $(py) -m pytest -m browser tests/browser $(ARGS)
+
+debootstrap:
+	@command -v debootstrap >/dev/null || { echo 'installing debootstrap with apt-get'; apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends debootstrap >/dev/null; }
+
+installer-test: install-test debootstrap ## run the Linux installer in a clean Debian (as root; installs debootstrap)
+	@exec $(py) -m pytest -m installer tests/installer $(ARGS)
 
 soak: install-test ## run the long forms of the tests and write docs/soak.md (about 25 minutes)
 	@exec $(py) -m tests.soak $(ARGS)

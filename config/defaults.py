@@ -491,6 +491,16 @@ class Settings:
         high=3600,
         unit="seconds",
     )
+    agent_version_min: str = knob(
+        "0.1.0", "agents older than this are told to update themselves, and do, from this gateway"
+    )
+    agent_exe: str = knob(
+        "", "file that the .exe downloads answer with; empty: they answer 404, as Windows has a script"
+    )
+    public_url: str = knob(
+        "",
+        "base URL of this gateway as providers reach it, for installer scripts; empty: the Host header of who asks",
+    )
     load_share_s: float = knob(
         0.2,
         "workers tell each other their turns in flight this often, through Valkey",
@@ -616,6 +626,23 @@ class Settings:
     )
     engine_poll_s: float = knob(
         1.0, "how often the agent reads an engine's health and metrics", low=0.05, high=60, unit="seconds"
+    )
+
+    temp_limit_c: int = knob(
+        0,
+        "a GPU this hot gets no new turns, and its engines end if that does not help; the provider's own limit, if it is"
+        " lower, holds; 0: only that one",
+        low=0,
+        high=150,
+        unit="°C",
+    )
+    model_source: str = knob(
+        "https://huggingface.co",
+        "hub that `preload_model` gets models from that are not on the host; empty: none are downloaded",
+    )
+    telemetry_file: str = knob(
+        "",
+        "JSON list of GPUs (name, vram_mib, temp_c ...) that the agent reads instead of NVML, for GPUs unknown to it",
     )
 
     # --- seeing it ----------------------------------------------------------------------------------------------

@@ -24,14 +24,25 @@ from gateway import VERSION
 from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
+from gateway.api.admin import commands as node_commands
 from gateway.api.admin import providers as admin_providers
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
-from gateway.api.provider import account, control, heartbeat, marketplace, telling
+from gateway.api.provider import (
+    account,
+    control,
+    control_socket,
+    downloads,
+    heartbeat,
+    marketplace,
+    setup,
+    telling,
+)
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
+from gateway.control import ControlHub
 from gateway.edge.cors import Cors
 from gateway.edge.door import Door
 from gateway.edge.handover import ClientProtocol
@@ -57,6 +68,7 @@ from gateway.reputation import ReputationChore
 from gateway.request_limits import RequestLimits, limited
 from gateway.tally import Tally
 from gateway.tls import TlsFiles
+from nodes.commands import CommandStore
 from nodes.events import EventStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
@@ -80,6 +92,10 @@ ROUTES: tuple[RouteSet, ...] = (
     marketplace.routes,
     marketplace.renter_routes,
     admin_providers.routes,
+    control_socket.routes,
+    downloads.routes,
+    setup.routes,
+    node_commands.routes,
     health.routes,
 )
 
@@ -146,6 +162,11 @@ class Gateway:
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
         feed.on("account", self.registry.nodes_changed)  # a provider was suspended, or its approval changed
+        self._commands = CommandStore(self._pool)
+        self._control = ControlHub(self._commands, self._load)
+        feed.on("node_command", self._control.node_news)
+        feed.on("key", self._control.key_news)
+        feed.on("account", self._control.account_news)
 
         self.money = Money(
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
@@ -187,6 +208,7 @@ class Gateway:
             self.registry.run(nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
+            self._control.run(),
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),
@@ -222,6 +244,9 @@ class Gateway:
         app[services.KEYED_TURNS] = self.keyed_turns
         app[services.REGISTRY] = self.registry
         app[services.NODES] = nodes
+        app[services.VALKEY] = self._valkey
+        app[services.COMMANDS] = self._commands
+        app[services.CONTROL] = self._control
         app[services.NETWORKS] = networks
         app[services.LOAD] = self._load
         app[services.PRICES] = prices
@@ -323,6 +348,7 @@ class Gateway:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
         self.door.drain()
+        self._control.close()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None

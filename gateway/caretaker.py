@@ -19,6 +19,7 @@ from billing.retention import keep_partitions, trim_hours
 from config.changes import trim_changes
 from config.defaults import Settings
 from config.postgres import AWAY
+from nodes.commands import CommandStore
 from nodes.events import trim_events
 from nodes.heartbeats import NodeStore
 
@@ -128,3 +129,4 @@ class Caretaker:
         await trim_windows(self._pool)
         await trim_claims(self._pool, self._settings)
         await trim_events(self._pool)
+        await CommandStore(self._pool).trim()

@@ -26,6 +26,10 @@ class NodeOfAnother(Exception):
     """The node id belongs to another provider."""
 
 
+class NodeFenced(Exception):
+    """Another agent has taken this node since: the one that asks has lost it for ever."""
+
+
 class TooManyNodes(Exception):
     """The provider has as many nodes as one may have."""
 
@@ -107,17 +111,21 @@ class NodeStore:
         self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], *, credit_s: float = 90.0,
         nodes_max: int = 10_000,
     ) -> NodeLease:  # fmt: skip
-        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, TooManyNodes.
+        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, NodeFenced and TooManyNodes.
 
-        The time since the one before counts as up, at most `credit_s` of it.
+        An agent that begins (epoch 0) takes the node under a higher epoch; the one that had it is fenced from then on.
+        The time since the heartbeat before counts as up, at most `credit_s` of it.
         """
         async with self._pool.acquire() as connection, connection.transaction():
             lease = await connection.fetchrow(
                 BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
-                orjson.dumps(beat.gpu_status).decode(), beat.agent_version,
+                orjson.dumps(beat.gpu_status).decode(), beat.agent_version, beat.instance, beat.epoch,
             )  # fmt: skip
             if lease is None:
-                raise NodeOfAnother
+                owner = await connection.fetchval(
+                    "select account_id from nodes where id = $1", uuid.UUID(beat.node_id)
+                )
+                raise NodeFenced if owner == account_id else NodeOfAnother
             await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
             await connection.execute(
                 "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
@@ -175,18 +183,24 @@ class NodeStore:
 
 # A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
 BEAT = """
-insert into nodes (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version)
+insert into nodes (
+    id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version, instance
+)
 values ($1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
-    clock_timestamp(), $4, $5::jsonb, $6)
+    clock_timestamp(), $4, $5::jsonb, $6, $7)
 on conflict (id) do update set
     hostname = excluded.hostname,
-    state = case when nodes.state in ('registered', 'connected', 'offline') then excluded.state else nodes.state end,
-    epoch = nodes.epoch + (nodes.state = 'offline')::int,
+    state = case
+        when nodes.state not in ('registered', 'connected', 'offline') then nodes.state
+        when nodes.wanted = 'pause' then 'paused' when nodes.wanted = 'drain' then 'draining' else excluded.state end,
+    epoch = nodes.epoch + (nodes.state = 'offline' or excluded.instance not in ('', nodes.instance))::int,
+    instance = coalesce(nullif(excluded.instance, ''), nodes.instance),
     last_heartbeat_at = excluded.last_heartbeat_at,
     cached_models = excluded.cached_models,
     gpu_status = excluded.gpu_status,
     agent_version = excluded.agent_version
 where nodes.account_id = excluded.account_id
+  and (excluded.instance in ('', nodes.instance) or nodes.instance = '' or $8 = 0)
 returning epoch, state
 """
 

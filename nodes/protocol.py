@@ -5,7 +5,7 @@ checked here and never trusted. What a gateway does with one is left to `heartbe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -26,7 +26,16 @@ CACHED_MODELS_MAX = 4096
 TEXT_MAX = 512
 REASON_MAX = 2000
 FACTS_MAX = 64  # fields of gpu_status and resource_spec
+PENDING_MAX = 64  # commands and their progress in one message
 COUNT_MAX = 2**53
+
+PREFERENCES = (
+    "run_mode", "scheduled_start", "scheduled_end", "gpu_usage_cap_pct", "vram_reserve_gb", "temp_limit_c", "time_zone",
+)  # fmt: skip
+"""What a provider prefers, in the heartbeat's reply, by the contract's names; scheduled hours are of `time_zone`."""
+
+WANTED_BY_STATE = {"paused": "pause", "draining": "drain"}
+"""What is wanted of a node, where a gateway tells only the node's state."""
 
 
 class BadMessage(ValueError):
@@ -159,9 +168,11 @@ class Heartbeat:
     resource_spec: Mapping[str, Any] = field(default_factory=dict)
     node_id: str = ""
     epoch: int = 0
+    instance: str = ""  # of the agent's process: tells two agents of one node id apart
     agent_version: str = ""
     engines: tuple[EngineReport, ...] = ()
     load: Mapping[str, EngineLoad] = field(default_factory=dict)  # by engine_id
+    progress: tuple[Mapping[str, Any], ...] = ()  # of commands, where the control websocket is down
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -174,9 +185,11 @@ class Heartbeat:
             "resource_spec": dict(self.resource_spec),
             "node_id": self.node_id,
             "epoch": self.epoch,
+            "instance": self.instance,
             "agent_version": self.agent_version,
             "engines": [engine.to_json() for engine in self.engines],
             "load": {engine_id: load.to_json() for engine_id, load in self.load.items()},
+            "progress": [dict(entry) for entry in self.progress],
         }
 
     @classmethod
@@ -198,9 +211,13 @@ class Heartbeat:
             resource_spec=fields.facts("resource_spec"),
             node_id=_uuid(fields.text("node_id")),
             epoch=fields.count("epoch"),
+            instance=_uuid(fields.text("instance"), "instance"),
             agent_version=fields.text("agent_version"),
             engines=engines,
             load={key: EngineLoad.from_json(item) for key, item in load.items() if key in known},
+            progress=tuple(
+                _Fields(item, "progress[]").all() for item in fields.items("progress", PENDING_MAX)
+            ),
         )
 
 
@@ -216,12 +233,14 @@ class HeartbeatReply:
     min_version: str = MIN_AGENT_VERSION
     approval_status: str = "approved"
     preload_model: Mapping[str, Any] | None = None
+    wanted: str = "serve"  # of this node: serve, pause, drain
+    commands: tuple[Mapping[str, Any], ...] = ()  # not done yet; an agent does each id once
+    preferences: Mapping[str, Any] = field(default_factory=dict)  # the provider's, by the contract's names
     node_id: str = ""
     epoch: int = 0
     lease_s: float = 0.0  # 0: none was said
     heartbeat_interval_s: float = 0.0  # 0: none was said
     state: str = ""  # of the node, as the gateway has it: online, paused, draining, suspended
-    preferences: Mapping[str, Any] = field(default_factory=dict)  # what its provider wants of it
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -235,6 +254,8 @@ class HeartbeatReply:
             "approval_status": self.approval_status,
             "approved": self.approval_status == "approved",
             "preload_model": None if self.preload_model is None else dict(self.preload_model),
+            "wanted": self.wanted,
+            "commands": [dict(command) for command in self.commands],
             "node_id": self.node_id,
             "epoch": self.epoch,
             "lease_s": self.lease_s,
@@ -256,12 +277,16 @@ class HeartbeatReply:
             min_version=fields.text("min_version"),
             approval_status=fields.text("approval_status"),
             preload_model=fields.facts("preload_model") or None,
+            wanted=fields.text("wanted") or WANTED_BY_STATE.get(fields.text("state"), "serve"),
+            commands=tuple(
+                _Fields(item, "commands[]").all() for item in fields.items("commands", PENDING_MAX)
+            ),
+            preferences={**fields.facts("preferences"), **fields.some(PREFERENCES)},
             node_id=_uuid(fields.text("node_id")),
             epoch=fields.count("epoch"),
             lease_s=fields.number("lease_s"),
             heartbeat_interval_s=fields.number("heartbeat_interval_s"),
             state=fields.text("state"),
-            preferences=fields.facts("preferences"),
         )
 
 
@@ -273,6 +298,16 @@ class _Fields:
             raise BadMessage(f"{place or 'the body'} must be a JSON object")
         self._fields: dict[str, object] = value
         self._place = f"{place}." if place else ""
+
+    def some(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these fields that are there, unchecked."""
+        return {name: self._fields[name] for name in names if self._fields.get(name) is not None}
+
+    def all(self) -> dict[str, Any]:
+        """Every field, unchecked but for their number."""
+        if len(self._fields) > FACTS_MAX:
+            raise BadMessage(f"{self._place.rstrip('.')} must be an object of up to {FACTS_MAX} fields")
+        return self._fields
 
     def text(self, name: str, *, required: bool = False, most: int = TEXT_MAX) -> str:
         value = self._get(name)
@@ -345,11 +380,14 @@ class _Fields:
         return BadMessage(f"{self._place}{name} {what}")
 
 
-def _uuid(text: str) -> str:
+def _uuid(text: str, name: str = "node_id") -> str:
     """The canonical form, or empty when there is none."""
     if not text:
         return ""
     try:
         return str(UUID(text))
     except ValueError:
-        raise BadMessage("node_id must be a UUID") from None
+        raise BadMessage(f"{name} must be a UUID") from None
+
+
+Fields = _Fields  # messages of other modules are read by it, too

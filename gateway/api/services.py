@@ -1,10 +1,12 @@
 """What handlers need, under typed keys: put into the application by `gateway.app`, read by `gateway.api`."""
 
 from aiohttp import web
+from redis.asyncio import Redis
 
 from billing.prices import PriceBook
 from config.defaults import Settings
 from config.metrics import Metrics
+from gateway.control import ControlHub
 from gateway.edge.cors import Cors
 from gateway.edge.refused import RefusedKeys
 from gateway.health import Health
@@ -16,6 +18,7 @@ from gateway.identity.providers import ProviderAccounts
 from gateway.lifecycle import Lifecycle
 from gateway.marketplace import Marketplace
 from gateway.request_limits import RequestLimits
+from nodes.commands import CommandStore
 from nodes.events import EventStore
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
@@ -35,6 +38,8 @@ MARKETPLACE = web.AppKey("marketplace", Marketplace)
 EVENTS = web.AppKey("events", EventStore)
 LOGINS = web.AppKey[Logins | None]("logins")  # None: no mail can be sent
 REQUEST_LIMITS = web.AppKey("request_limits", RequestLimits)
+COMMANDS = web.AppKey("commands", CommandStore)
+CONTROL = web.AppKey("control", ControlHub)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
@@ -42,5 +47,7 @@ HEALTH = web.AppKey("health", Health)
 CORS = web.AppKey("cors", Cors)
 REFUSED_KEYS = web.AppKey("refused_keys", RefusedKeys)
 METRICS = web.AppKey("metrics", Metrics)
+
+VALKEY = web.AppKey("valkey", Redis)
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -4,21 +4,15 @@ What it does is nodes/agent's.
 """
 
 import argparse
-import asyncio
-import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from config.logs import setup_logs
 from gateway.cli.output import Refused
 from gateway.cli.parsing import Parser, add_command, settings_of, settings_options
+from nodes.agent import arguments
+from nodes.agent.arguments import DETAILS, KEY_VARIABLE, add_engines, add_node
 
-KEY_VARIABLE = "POOLGATE_AGENT_KEY"
-
-DETAILS = """\
-Starts vLLM for each --model, watches it, restarts it when it dies, and reports it to the gateway, which
-then sends it turns. With --engine-url it reports vLLM servers that run already and starts none.
-It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped."""
+__all__ = ["KEY_VARIABLE", "add", "add_engines", "checked_model", "checked_url"]
 
 EXAMPLES = """\
   POOLGATE_AGENT_KEY=dc1-provider-... poolgate agent --gateway https://gateway.example.com --model ~/llama
@@ -35,75 +29,40 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         options=(settings_options(),),
     )  # fmt: skip
     group = parser.add_argument_group("node")
-    group.add_argument("--gateway", metavar="URL", required=True, help="base URL of the gateway to report to")
-    group.add_argument(
-        "--key",
-        help=f"provider key, scope `node`; better in {KEY_VARIABLE}: others can see arguments",
-    )
-    add_engines(group)
-
-
-def add_engines(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--model", metavar="FOLDER", dest="models", action="append", default=[], type=Path,
-        help="model folder to serve with an engine of its own (repeatable)",
-    )  # fmt: skip
-    group.add_argument(
-        "--engine-url", metavar="URL", dest="engine_urls", action="append", default=[],
-        help="vLLM server that runs already, as http://HOST:PORT (repeatable); its models are read from it",
-    )  # fmt: skip
+    add_node(group)
 
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    key = args.key or os.environ.pop(KEY_VARIABLE, "")
+    key = arguments.key_of(args)
     if not key:
         raise Refused(
             f"a provider key is missing: set {KEY_VARIABLE}; `poolgate key create --account NAME --scope node` "
             "makes one"
         )
-    gateway = checked_url(args.gateway, "--gateway")
-    engine_urls = [checked_url(url, "--engine-url") for url in args.engine_urls]
-    models = [checked_model(folder) for folder in args.models]
-    setup_logs(settings, "agent")
-    from nodes.agent.main import AgentOptions, CannotStart, run_agent  # here: it loads an HTTP client
-
-    options = AgentOptions(
-        gateway=gateway,
-        key=key,
-        data_dir=Path(settings.data_dir).absolute(),
-        models=tuple(models),
-        engine_urls=tuple(engine_urls),
-        settings=settings,
-    )
     try:
-        asyncio.run(run_agent(options))
-    except CannotStart as error:
+        return arguments.run(args, settings, key, lambda settings: setup_logs(settings, "agent"))
+    except arguments.BadArgument as error:
         raise Refused(str(error)) from error
-    return 0
+    except RuntimeError as error:
+        from nodes.agent.main import CannotStart  # here: it loads an HTTP client
+
+        if not isinstance(error, CannotStart):
+            raise
+        raise Refused(str(error)) from error
 
 
 def checked_url(url: str, option: str) -> str:
-    """`http(s)://host[:port]` without its last slash; Refused for anything else."""
+    """As `arguments.checked_url`; raises Refused."""
     try:
-        parts = urlsplit(url)
-        wrong = parts.port == 0
-    except ValueError:
-        parts, wrong = urlsplit(""), True
-    if wrong or parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise Refused(
-            f"{option} {url!r} is not an address: write it as http://HOST:PORT, such as http://127.0.0.1:8000"
-        )
-    if parts.path.rstrip("/"):
-        raise Refused(f"{option} {url!r} has a path: leave {parts.path!r} away, paths are added by poolgate")
-    return f"{parts.scheme}://{parts.netloc}"
+        return arguments.checked_url(url, option)
+    except arguments.BadArgument as error:
+        raise Refused(str(error)) from error
 
 
 def checked_model(folder: Path) -> Path:
-    """An absolute folder that has a model's config.json; Refused for anything else."""
-    folder = folder.expanduser().absolute()
-    if not folder.is_dir():
-        raise Refused(f"--model {folder} is no folder: give one with a model's config.json and safetensors")
-    if not (folder / "config.json").is_file():
-        raise Refused(f"--model {folder} has no config.json: give the folder of a Hugging Face model")
-    return folder
+    """As `arguments.checked_model`; raises Refused."""
+    try:
+        return arguments.checked_model(folder)
+    except arguments.BadArgument as error:
+        raise Refused(str(error)) from error

@@ -1,12 +1,13 @@
 """Watches an engine that somebody else runs (`--engine-url`).
 
-Reports it as it is; starting and stopping it is its owner's affair.
+Reports it as it is, or as draining while no new turns are to come; starting and stopping it is its owner's affair.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
 from config.defaults import Settings
+from nodes.agent.orders import SERVE, Orders
 from nodes.agent.probe import EngineProbe, ProbeFailed
 from nodes.agent.slot import Slot
 from nodes.agent.stopping import Stopping
@@ -29,6 +30,7 @@ class AttachedEngine:
         settings: Settings,
     ) -> None:
         self.slot = slot
+        self.orders = Orders()
         self._probe = probe
         self._announce = announce
         self._stopping = stopping
@@ -47,7 +49,8 @@ class AttachedEngine:
                     self.slot.move(FAILED, f"{self.slot.url} {failure}")
             else:
                 failures = 0
-                self.slot.move(READY)
+                duty = self.orders.now
+                self.slot.move(READY if duty.level == SERVE else DRAINING, duty.reason)
             await self._stopping.pause(self._settings.engine_poll_s)
         if self.slot.state == READY:
             self.slot.move(DRAINING)
@@ -58,9 +61,9 @@ class AttachedEngine:
         await self._probe.check_health()
         metrics = await self._probe.metrics()
         now = asyncio.get_running_loop().time()
-        if self.slot.state != READY:
+        if self.slot.state not in (READY, DRAINING):
             self._kind = await self._probe.kind()
-        if self.slot.state != READY or now - self._models_at > MODELS_POLL_S:
+        if not self.slot.models or now - self._models_at > MODELS_POLL_S:
             self.slot.learn_models(await self._probe.models(self._kind))
             self._models_at = now
         self.slot.metrics = metrics

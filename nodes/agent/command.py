@@ -35,6 +35,7 @@ class ModelSpec:
     name: str
     context_length: int | None = None
     engine_args: tuple[str, ...] = ()
+    vram_gb: float = 0.0  # what it is to get on a GPU; 0: as its weights say
 
     @property
     def kind(self) -> str:
@@ -48,6 +49,7 @@ class Hardware:
 
     gpus: tuple[int, ...] = ()
     gpu_sharers: int = 1  # engines on the same GPU
+    gpu_share: float = 0.0  # of the memory of each of its GPUs; 0: vLLM's own choice
     cores: tuple[int, ...] = ()
     openmp: Path | None = None  # Intel's OpenMP library, which the CPU engine wants preloaded
 
@@ -61,7 +63,7 @@ class Command:
 
 
 def read_model(folder: Path) -> ModelSpec:
-    """The model of a folder, by its poolgate.json (name, context_length, engine_args) or by the folder's
+    """The model of a folder, by its poolgate.json (name, context_length, engine_args, vram_gb) or by the folder's
     name. Raises `BadModel`."""
     folder = folder.absolute()
     if not (folder / "config.json").is_file():
@@ -83,7 +85,10 @@ def read_model(folder: Path) -> ModelSpec:
         raise BadModel(f"{folder}/poolgate.json: context_length must be a whole number above 0")
     if not isinstance(args, list) or not all(isinstance(item, str) for item in args):
         raise BadModel(f"{folder}/poolgate.json: engine_args must be a list of strings")
-    return ModelSpec(folder, name, context, tuple(args))
+    vram_gb = described.get("vram_gb", 0.0)
+    if isinstance(vram_gb, bool) or not isinstance(vram_gb, int | float) or not 0 <= vram_gb < 10_000:
+        raise BadModel(f"{folder}/poolgate.json: vram_gb must be a number of 0 or more")
+    return ModelSpec(folder, name, context, tuple(args), float(vram_gb))
 
 
 def engine_command(
@@ -104,6 +109,9 @@ def engine_command(
     argv += _gpu_args(hardware) if hardware.gpus else _cpu_args()
     env = {name: value for name, value in environ.items() if not _is_private(name)}
     env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = (
+        "1"  # counts only with --enable-lora, which is the model's own choice
+    )
     env |= _gpu_env(hardware) if hardware.gpus else _cpu_env(hardware)
     return Command((*argv, *model.engine_args), env)
 
@@ -134,14 +142,21 @@ def _share(things: Sequence[int], slot: int, engines: int) -> Sequence[int]:
 def _gpu_args(hardware: Hardware) -> list[str]:
     # Attention heads divide by powers of two in about every model, by 3 in few.
     parallel = 1 << (len(hardware.gpus).bit_length() - 1)
-    args = ["--tensor-parallel-size", str(parallel)] if parallel > 1 else []
-    if hardware.gpu_sharers > 1:
+    args = ["--enable-sleep-mode"]
+    if parallel > 1:
+        args += ["--tensor-parallel-size", str(parallel)]
+    if hardware.gpu_share:
+        args += ["--gpu-memory-utilization", f"{hardware.gpu_share:.2f}"]
+    elif hardware.gpu_sharers > 1:
         args += ["--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / hardware.gpu_sharers:.2f}"]
     return args
 
 
 def _gpu_env(hardware: Hardware) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in hardware.gpus)}
+    # /sleep and /wake_up are development routes, which exist on a GPU only to give its memory to another engine. They are
+    # on loopback, and what a gateway may reach is a list without them.
+    visible = ",".join(str(gpu) for gpu in hardware.gpus)
+    return {"CUDA_VISIBLE_DEVICES": visible, "VLLM_SERVER_DEV_MODE": "1"}
 
 
 def _cpu_args() -> list[str]:

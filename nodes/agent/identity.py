@@ -1,6 +1,7 @@
 """The node's name to the gateway: an id kept in the data folder, which only one agent may use at a time."""
 
 import fcntl
+import hashlib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +26,27 @@ def node_identity(data_dir: Path) -> Iterator[str]:
 
 
 def _read_or_make(path: Path) -> str:
+    """An id that came to this machine with another one's disk is that one's: a new one is made."""
+    machine, known = _machine(), path.with_name("machine")
     try:
-        return str(uuid.UUID(path.read_text().strip()))
+        node_id = str(uuid.UUID(path.read_text().strip()))
+        is_copied = bool(machine) and known.exists() and known.read_text().strip() not in ("", machine)
     except (FileNotFoundError, ValueError):
+        is_copied, node_id = True, ""
+    if is_copied:
         node_id = str(uuid.uuid4())
         part = path.with_name("node_id.part")
         part.write_text(node_id + "\n")
         part.replace(path)
-        return node_id
+    known.write_text(machine + "\n")
+    return node_id
+
+
+def _machine() -> str:
+    """Tells machines apart by systemd's id, hashed, since it is not to be shown. Empty where there is none, as in many
+    containers, whose names change with each start."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"poolgate {machine}".encode()).hexdigest()[:16] if machine else ""

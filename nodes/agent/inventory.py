@@ -5,29 +5,44 @@ Honest where nothing is known: zeros and empty strings, never guesses. Reporting
 
 import contextlib
 import importlib
+import json
+import logging
 import os
 import platform
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from nodes.protocol import AGENT_VERSION
 
+log = logging.getLogger("poolgate.agent")
+
 MIB = 2**20
+NO_GPU = {
+    "name": "", "vram_mib": 0, "free_vram_mib": 0, "util_pct": 0, "temp_c": 0, "power_w": 0, "compute_capability": "",
+}  # fmt: skip
 
 
 class Inventory:
     """One look at the hardware at start; `gpu_status` reads telemetry anew (blocking, some milliseconds)."""
 
-    def __init__(self) -> None:
-        self._nvml = _open_nvml()
-        self.gpu_indexes: tuple[int, ...] = tuple(range(self._count()))
+    def __init__(self, telemetry_file: str = "") -> None:
+        """`telemetry_file`: JSON list of GPUs, each with the fields of `all_gpus`, which is read instead of NVML."""
+        self._file = Path(telemetry_file) if telemetry_file else None
+        self._nvml: Any = None if self._file else _open_nvml()
+        self._told: list[dict[str, Any]] = []
+        self.gpu_indexes: tuple[int, ...] = tuple(
+            range(len(self._from_file()) if self._file else self._count())
+        )
         self.cores: tuple[int, ...] = _cores()
+        self.vram_mib: tuple[int, ...] = tuple(int(gpu["vram_mib"]) for gpu in self._gpus())
+        self.ram_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB
 
     def gpu_status(self) -> dict[str, Any]:
         """The contract's fields: those of the first GPU, and `all_gpus`."""
-        gpus = [self._gpu(index) for index in self.gpu_indexes]
+        gpus = self._gpus()
         first = gpus[0] if gpus else {}
         return {
             "gpu_name": first.get("name", ""),
@@ -53,8 +68,31 @@ class Inventory:
             "machine": platform.machine(),
             "python": platform.python_version(),
             "cpu_count": len(self.cores),
-            "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "ram_gb": round(self.ram_mib / 1024, 1),
         }
+
+    def checks(self, python: Path) -> dict[str, Any]:
+        """The contract's readiness; `python` is the engines' interpreter."""
+        status = self.gpu_status()
+        return {
+            "cuda": bool(status["gpu_count"]),
+            "pytorch": any(python.parent.parent.glob("lib/python3*/site-packages/torch/__init__.py")),
+            "vram_gb": round(sum(gpu["vram_mib"] for gpu in status["all_gpus"]) / 1024, 1),
+            "driver": status["driver_version"],
+        }
+
+    def _gpus(self) -> list[dict[str, Any]]:
+        return self._from_file() if self._file else [self._gpu(index) for index in self.gpu_indexes]
+
+    def _from_file(self) -> list[dict[str, Any]]:
+        """What the file says; what it said before while it is being written."""
+        assert self._file is not None
+        try:
+            told = json.loads(self._file.read_text())
+            self._told = [{**NO_GPU, "index": index, **gpu} for index, gpu in enumerate(told)]
+        except (OSError, ValueError, TypeError):
+            log.debug("%s can't be read", self._file, extra={"action": "telemetry_unreadable"})
+        return self._told
 
     def _gpu(self, index: int) -> dict[str, Any]:
         nvml = self._nvml

@@ -1,4 +1,4 @@
-"""Asks one vLLM server over HTTP how it is: health, models, metrics.
+"""Asks one vLLM server over HTTP how it is (health, models, metrics), and to sleep, wake, and load adapters.
 
 Every question has a time-out and a bounded answer. What the answers mean for the engine's state is left to
 `engine` and `attached`.
@@ -14,6 +14,7 @@ from nodes.agent.metrics import EngineMetrics, parse_metrics
 from nodes.protocol import GENERATE, MODELS_MAX, POOLING, TEXT_MAX, ModelInfo
 
 PROBE_TIMEOUT_S = 10.0  # a server on fully used cores answers in seconds; a hung one never
+CHANGE_TIMEOUT_S = 120.0  # waking moves all weights back to the GPU
 ANSWER_BYTES_MAX = 4 * 2**20  # /metrics has 50-80 KB
 IDLE_CONNECTION_S = 3.0  # vLLM's server closes idle connections at 5 s
 
@@ -57,6 +58,33 @@ class EngineProbe:
         if await self._status("/v1/chat/completions") == 404 and await self._status("/v1/embeddings") == 405:
             return POOLING
         return GENERATE
+
+    # --- and requests -------------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Give back the memory of weights and KV cache; turns would wait until it wakes."""
+        await self._post("/sleep?level=1")
+
+    async def wake(self) -> None:
+        await self._post("/wake_up")
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def _post(self, path: str, body: object = None) -> None:
+        timeout = aiohttp.ClientTimeout(total=CHANGE_TIMEOUT_S)
+        try:
+            async with self._session.post(
+                self._url + path, json=body, timeout=timeout, allow_redirects=False
+            ) as answer:
+                if answer.status != 200:
+                    said = (await answer.content.read(2000)).decode(errors="replace")
+                    raise ProbeFailed(f"{path.partition('?')[0]} answered {answer.status}: {said[:300]}")
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ProbeFailed(f"{path}: {_words(error)}") from error
 
     async def _status(self, path: str) -> int:
         try:

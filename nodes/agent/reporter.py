@@ -15,6 +15,7 @@ import aiohttp
 
 from config.defaults import Settings
 from nodes.agent.backoff import Backoff
+from nodes.agent.lease import Lease
 from nodes.protocol import HEARTBEAT_PATH, BadMessage, Heartbeat, HeartbeatReply
 
 log = logging.getLogger("poolgate.agent")
@@ -30,11 +31,13 @@ INTERVAL_MOST_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one heartbeat: a reply, or what was wrong (`is_refused`: with our key, not with the gateway)."""
+    """Of one heartbeat: a reply, or what was wrong (`is_refused`: with our key, not with the gateway; `is_fenced`: another
+    agent has this node)."""
 
     reply: HeartbeatReply | None = None
     trouble: str = ""
     is_refused: bool = False
+    is_fenced: bool = False
     retry_after_s: float = 0.0
 
 
@@ -48,19 +51,21 @@ class Reporter:
         gateway: str,
         describe: Callable[[int], Awaitable[Heartbeat]],
         settings: Settings,
+        lease: Lease,
+        accepted: Callable[[Heartbeat, HeartbeatReply], None],
+        fenced: Callable[[], None],
     ) -> None:
+        """`accepted(heartbeat, reply)` after each good one; `fenced()` when another agent has this node."""
         self._session = session
         self._url = gateway.rstrip("/") + HEARTBEAT_PATH
         self._describe = describe  # gets the epoch
         self._interval_s = settings.heartbeat_interval_s
-        self._lease_s = settings.heartbeat_grace_s
+        self._lease, self._accepted, self._fenced = lease, accepted, fenced
         self._backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
         self._news = asyncio.Event()
         self._heard: list[asyncio.Future[None]] = []
         self._epoch = 0
-        self._leased_at: float | None = None  # loop time of the last good heartbeat
         self._complaint = ""
-        self._is_outdated = False
 
     def changed(self) -> None:
         self._news.set()
@@ -79,14 +84,18 @@ class Reporter:
         while True:
             self._news.clear()
             waiting, self._heard = self._heard, []
-            outcome = await self._beat()
+            asked_s = asyncio.get_running_loop().time()
+            heartbeat = await self._describe(self._epoch)
+            outcome = await self._beat(heartbeat)
             if outcome.reply is None:
                 self._heard = waiting + self._heard
                 self._complain(outcome)
-                self._watch_lease()
+                if outcome.is_fenced:
+                    self._fenced()
                 await asyncio.sleep(self._retry_pause(outcome))
                 continue
-            self._accept(outcome.reply)
+            self._accept(outcome.reply, asked_s)
+            self._accepted(heartbeat, outcome.reply)
             for heard in waiting:
                 if not heard.done():
                     heard.set_result(None)
@@ -95,8 +104,7 @@ class Reporter:
                 async with asyncio.timeout(max(0.0, self._interval_s - GAP_S)):
                     await self._news.wait()
 
-    async def _beat(self) -> Outcome:
-        heartbeat = await self._describe(self._epoch)
+    async def _beat(self, heartbeat: Heartbeat) -> Outcome:
         try:
             async with self._session.post(
                 self._url,
@@ -114,24 +122,15 @@ class Reporter:
             return REFUSED_RETRY_S
         return max(self._backoff.next_s(), min(outcome.retry_after_s, INTERVAL_MOST_S))
 
-    def _accept(self, reply: HeartbeatReply) -> None:
-        if self._complaint or self._leased_at is None:
+    def _accept(self, reply: HeartbeatReply, asked_s: float) -> None:
+        if self._complaint or not self._lease.was_given or not self._lease.is_held:
             log.info("registered with the gateway", extra={"action": "node_registered"})
         self._complaint = ""
         self._backoff.reset()
         self._epoch = reply.epoch
-        self._leased_at = asyncio.get_running_loop().time()
+        self._lease.renew(asked_s, reply.lease_s)
         if reply.heartbeat_interval_s:
             self._interval_s = min(reply.heartbeat_interval_s, INTERVAL_MOST_S)
-        if reply.lease_s:
-            self._lease_s = reply.lease_s
-        if reply.needs_update and not self._is_outdated:
-            log.warning(
-                "this agent is older than the gateway wants (%s): update poolgate on this host",
-                reply.min_version,
-                extra={"action": "agent_outdated"},
-            )
-        self._is_outdated = reply.needs_update
 
     def _complain(self, outcome: Outcome) -> None:
         """Once for each kind of trouble, not once a try."""
@@ -141,18 +140,6 @@ class Reporter:
         action = "key_refused" if outcome.is_refused else "gateway_away"
         level = logging.ERROR if outcome.is_refused else logging.WARNING
         log.log(level, "gateway %s %s", self._url, outcome.trouble, extra={"action": action})
-
-    def _watch_lease(self) -> None:
-        if self._leased_at is None:
-            return
-        silent_s = asyncio.get_running_loop().time() - self._leased_at
-        if silent_s > self._lease_s:
-            self._leased_at = None
-            log.warning(
-                "no heartbeat has arrived for %.0f s: the gateway takes this node as gone; its engines stay up",
-                silent_s,
-                extra={"action": "lease_expired"},
-            )
 
 
 def read_outcome(status: int, body: bytes, retry_after: str) -> Outcome:
@@ -167,6 +154,10 @@ def read_outcome(status: int, body: bytes, retry_after: str) -> Outcome:
         return Outcome(trouble=f"refuses the key ({said})", is_refused=True)
     if status == 403:
         return Outcome(trouble=f"has not approved this provider: {said}", is_refused=True)
+    if status == 409:
+        return Outcome(
+            trouble=f"has given this node to another agent: {said}", is_refused=True, is_fenced=True
+        )
     seconds = float(retry_after) if retry_after.isdigit() else 0.0
     return Outcome(trouble=f"answered {status}: {said}", retry_after_s=seconds)
 

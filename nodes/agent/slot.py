@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from nodes.agent.metrics import EngineMetrics
-from nodes.protocol import FAILED, REASON_MAX, STARTING, EngineLoad, EngineReport, ModelInfo
+from nodes.protocol import FAILED, REASON_MAX, STARTING, STOPPED, EngineLoad, EngineReport, ModelInfo
 
 log = logging.getLogger("poolgate.agent")
 
@@ -15,7 +15,14 @@ log = logging.getLogger("poolgate.agent")
 class Slot:
     """A place for an engine: the id stays while engines in it come and go."""
 
-    def __init__(self, engine_id: str, url: str, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        url: str,
+        changed: Callable[[], None],
+        failed: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """`changed()` when the gateway should know more; `failed(engine_id, reason)` at each failure."""
         self.engine_id = engine_id
         self.url = url
         self.state = STARTING
@@ -24,6 +31,8 @@ class Slot:
         self.models: tuple[ModelInfo, ...] = ()
         self.metrics: EngineMetrics | None = None
         self._changed = changed
+        self._failed = failed
+        self.used_s = 0.0  # monotonic time at which it last had a turn
 
     def __repr__(self) -> str:
         return f"<Slot {self.engine_id} {self.state} {self.url} restarts={self.restarts}>"
@@ -46,8 +55,10 @@ class Slot:
             f": {reason}" if reason else "",
             extra={"action": f"engine_{state}", "engine": self.engine_id},
         )
-        if is_news:
+        if is_news or state == STOPPED:
             self._changed()
+        if state == FAILED and is_news and self._failed is not None:
+            self._failed(self.engine_id, reason)
 
     def learn_models(self, models: tuple[ModelInfo, ...]) -> None:
         if models != self.models:

@@ -7,6 +7,7 @@ affair.
 import asyncio
 import contextlib
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-WATCHDOG = Path(__file__).with_name("watchdog.py")
+WATCHDOG = "watchdog.py"
 ROUNDS_MAX = 200
 MARK = "POOLGATE_TIE"  # in the environment of all processes of one command: finds them in any session
 
@@ -38,7 +40,7 @@ class TiedProcess:
         try:
             self._process = subprocess.Popen(  # noqa: S603 - no shell; the command is ours
                 # -I -S: neither the user's site nor ours is needed, and the start takes 15 ms instead of 60
-                [sys.executable, "-I", "-S", str(WATCHDOG), str(read_end), "--", *command],
+                [sys.executable, "-I", "-S", "-c", _watchdog(), str(read_end), "--", *command],
                 env={**(os.environ if env is None else env), MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -111,6 +113,14 @@ class TiedProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             if self._process.returncode < 0:
                 _kill_marked(f"{MARK}={self._mark}".encode())
+
+
+@cache
+def _watchdog() -> str:
+    """Its source, also where this package is a zipapp, of which no interpreter can start a part."""
+    source = pkgutil.get_data(__package__, WATCHDOG)
+    assert source is not None
+    return f"# {WATCHDOG}\n{source.decode()}"  # the first line names it in lists of processes
 
 
 def _kill_marked(mark: bytes) -> None:

@@ -1,6 +1,6 @@
 """Runs one command and makes sure that nothing of it is left: ties an engine's processes to their owner.
 
-A script of its own, standard library only: `python watchdog.py FD -- COMMAND...`, started in a new session,
+A script of its own, standard library only: `python -c SOURCE FD -- COMMAND...`, started in a new session,
 where FD is the read end of a pipe whose write end only the owner holds. Whether to start again is the owner's
 affair.
 

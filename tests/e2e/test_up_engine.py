@@ -57,7 +57,7 @@ def is_engine(process: psutil.Process, which: str) -> bool:
     words = " ".join(process.cmdline())
     if which == "core":
         return "EngineCore" in words or "EngineCore" in process.name()
-    return "vllm.entrypoints.cli.main" in words and "watchdog.py" not in words
+    return "vllm.entrypoints.cli.main" in words and not any("watchdog.py" in word for word in words)
 
 
 def is_there(process: psutil.Process) -> bool:

@@ -37,7 +37,7 @@ def agent_process(
 ) -> Iterator[Child]:
     """An agent with one engine of `model`, which has these knobs and flags; its data folder is `folder`."""
     model_folder = folder / model
-    model_folder.mkdir(parents=True)
+    model_folder.mkdir(parents=True, exist_ok=True)
     (model_folder / "config.json").write_text("{}")
     command = (
         sys.executable, "-m", "bench.fake_engine", "--port", "{port}", "--served-model-name", model,
@@ -47,7 +47,7 @@ def agent_process(
         "gateway": gateway, "key": key, "data_dir": str(folder / "data"), "model": str(model_folder),
         "command": command,
     }  # fmt: skip
-    with (folder / "agent.log").open("wb") as output:
+    with (folder / "agent.log").open("ab") as output:
         process = spawn_python(
             "tests.fakes.agent", env=environment(settings), cwd=ROOT,
             stdin=subprocess.PIPE, stdout=output, stderr=output,
@@ -87,7 +87,7 @@ def main() -> None:
         gateway=given["gateway"], key=given["key"], data_dir=Path(given["data_dir"]), models=(Path(given["model"]),),
         engine_command=tuple(given["command"]), settings=settings,
     )  # fmt: skip
-    asyncio.run(run_agent(options))
+    sys.exit(asyncio.run(run_agent(options)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A gateway that only takes heartbeats: it keeps every one, answers as told, and lets a test wait for one."""
+"""A gateway that only takes heartbeats and events: it keeps every one, answers as told, and lets a test wait for one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 
+from nodes.agent.events import EVENT_PATH, READINESS_PATH
 from nodes.protocol import HEARTBEAT_PATH, Heartbeat, HeartbeatReply
 
 
@@ -15,9 +16,12 @@ class HeartbeatGateway:
 
     def __init__(self) -> None:
         self.beats: list[Heartbeat] = []
+        self.events: list[dict[str, Any]] = []
+        self.readiness: list[dict[str, Any]] = []
         self.status = 200
         self.reply = HeartbeatReply(epoch=7, lease_s=90.0, heartbeat_interval_s=0.2)
         self.url = ""
+        self.extra: dict[str, Callable[[web.Request], Awaitable[web.Response]]] = {}  # GETs, by path
         self._news = asyncio.Condition()
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -28,6 +32,18 @@ class HeartbeatGateway:
         if self.status != 200:
             return web.json_response({"error": "as told"}, status=self.status)
         return web.json_response(self.reply.to_json())
+
+    async def note_event(self, request: web.Request) -> web.Response:
+        self.events.append(await request.json())
+        return web.json_response({"success": True})
+
+    async def answer_extra(self, request: web.Request) -> web.Response:
+        handler = self.extra.get(request.path)
+        return web.json_response({}, status=404) if handler is None else await handler(request)
+
+    async def note_readiness(self, request: web.Request) -> web.Response:
+        self.readiness.append(await request.json())
+        return web.json_response({"success": True})
 
     async def until(
         self, fits: Callable[[Heartbeat], bool], *, after: int = 0, within_s: float = 60.0
@@ -46,6 +62,9 @@ async def heartbeat_gateway(port: int = 0) -> AsyncIterator[HeartbeatGateway]:
     gateway = HeartbeatGateway()
     app = web.Application()
     app.router.add_post(HEARTBEAT_PATH, gateway.handle)
+    app.router.add_post(EVENT_PATH, gateway.note_event)
+    app.router.add_get("/{path:.*}", gateway.answer_extra)
+    app.router.add_post(READINESS_PATH, gateway.note_readiness)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)

@@ -28,6 +28,7 @@ CONTRACT = {
 }  # fmt: skip
 OURS = {
     "node_id": str, "epoch": int, "lease_s": float, "heartbeat_interval_s": float, "state": str, "preferences": dict,
+    "wanted": str, "commands": list,
 }  # fmt: skip
 
 

@@ -22,7 +22,11 @@ ALWAYS = [
     "--disable-uvicorn-access-log", "--disable-fastapi-docs", "--max-model-len", "8192",
 ]  # fmt: skip
 CPU = ["--enforce-eager", "--block-size", "32"]
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+}  # fmt: skip
+GPU = ["--enable-sleep-mode"]
+GPU_ENV = {**QUIET, "VLLM_SERVER_DEV_MODE": "1"}
 CPU_ENV = {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
 
 
@@ -36,23 +40,28 @@ CPU_ENV = {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
         (Hardware(openmp=Path("/lib/omp.so")), CPU, {**CPU_ENV, "LD_PRELOAD": "/lib/omp.so"}),
         (
             Hardware(gpus=(0,), cores=(0, 1), openmp=Path("/lib/omp.so")),
-            [],
-            {**QUIET, "CUDA_VISIBLE_DEVICES": "0"},
+            GPU,
+            {**GPU_ENV, "CUDA_VISIBLE_DEVICES": "0"},
         ),
         (
             Hardware(gpus=(2, 3)),
-            ["--tensor-parallel-size", "2"],
-            {**QUIET, "CUDA_VISIBLE_DEVICES": "2,3"},
+            [*GPU, "--tensor-parallel-size", "2"],
+            {**GPU_ENV, "CUDA_VISIBLE_DEVICES": "2,3"},
         ),
         (
             Hardware(gpus=(0, 1, 2)),
-            ["--tensor-parallel-size", "2"],
-            {**QUIET, "CUDA_VISIBLE_DEVICES": "0,1,2"},
+            [*GPU, "--tensor-parallel-size", "2"],
+            {**GPU_ENV, "CUDA_VISIBLE_DEVICES": "0,1,2"},
         ),
         (
             Hardware(gpus=(1,), gpu_sharers=2),
-            ["--gpu-memory-utilization", "0.45"],
-            {**QUIET, "CUDA_VISIBLE_DEVICES": "1"},
+            [*GPU, "--gpu-memory-utilization", "0.45"],
+            {**GPU_ENV, "CUDA_VISIBLE_DEVICES": "1"},
+        ),
+        (
+            Hardware(gpus=(0,), gpu_sharers=2, gpu_share=0.3),
+            [*GPU, "--gpu-memory-utilization", "0.30"],
+            {**GPU_ENV, "CUDA_VISIBLE_DEVICES": "0"},
         ),
     ],
 )

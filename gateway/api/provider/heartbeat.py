@@ -15,13 +15,15 @@ from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.provider.asking import node_of_account
 from gateway.api.routes import Routes
-from gateway.api.services import KEYRING, LOAD, NETWORKS, NODES, PROVIDERS, REQUEST_LIMITS, SETTINGS
+from gateway.api.services import COMMANDS, KEYRING, LOAD, NETWORKS, NODES, PROVIDERS, REQUEST_LIMITS, SETTINGS
 from gateway.api.system.answers import json_answer
-from gateway.errors import BadRequest, Forbidden, InvalidApiKey, Unavailable
+from gateway.errors import BadRequest, Conflict, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
 from gateway.identity.providers import SCOPE
-from nodes.heartbeats import EngineUrlRefused, NodeOfAnother, TooManyNodes
-from nodes.protocol import MIN_AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
+from nodes.commands import Briefing
+from nodes.control_messages import Progress
+from nodes.heartbeats import EngineUrlRefused, NodeFenced, NodeOfAnother, TooManyNodes
+from nodes.protocol import AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
 from nodes.providers import UnknownProvider
 from nodes.versions import is_older
 
@@ -47,9 +49,15 @@ class HeartbeatBody(BaseModel):
     resource_spec: dict[str, Any] | None = None
     node_id: str | None = Field(None, description="UUID that the agent keeps; without it a key has one node")
     epoch: int | None = None
+    instance: str | None = Field(
+        None, description="UUID of the agent's process; a new one with epoch 0 takes the node"
+    )
     agent_version: str | None = None
     engines: list[dict[str, Any]] | None = None
     load: dict[str, dict[str, Any]] | None = None
+    progress: list[dict[str, Any]] | None = Field(
+        None, description="Of commands, where no websocket tells it"
+    )
 
 
 class HeartbeatAnswer(BaseModel):
@@ -65,6 +73,8 @@ class HeartbeatAnswer(BaseModel):
     approval_status: str
     approved: bool
     preload_model: dict[str, Any] | None
+    wanted: str
+    commands: list[dict[str, Any]]
     node_id: str
     epoch: int
     lease_s: float
@@ -75,7 +85,7 @@ class HeartbeatAnswer(BaseModel):
 
 @routes.post(
     "/api/providers/heartbeat", summary="A node's agent reports", body=HeartbeatBody, answers={200: HeartbeatAnswer},
-    errors=(400, 401, 403, 413, 429, 503), auth="node",
+    errors=(400, 401, 403, 409, 413, 429, 503), auth="node",
 )  # fmt: skip
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """Sent every 30 s, and at once when an engine changes state. Its node is made at the first one."""
@@ -91,6 +101,8 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     await limits.admit_beat(beat.node_id, is_ours=bool(beat.agent_version))
     try:
         reply = await _record(request, beat, principal)
+    except BadMessage as error:
+        raise BadRequest(str(error)) from None
     except asyncpg.DataError:
         raise BadRequest(
             "The heartbeat has a text or a number that can't be kept, as one with a NUL."
@@ -116,6 +128,7 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
     if provider.approval_status != "approved":
         raise Forbidden("Provider not approved yet.")
     networks = request.app[NETWORKS]
+    progress = [Progress.from_json(report) for report in beat.progress]
     try:
         for engine in beat.engines:
             networks.address(engine.url)
@@ -129,18 +142,21 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise BadRequest(
             "node_id is not valid for this key; remove the agent's file `node_id` to get another one."
         ) from None
+    except NodeFenced:
+        raise Conflict("Another agent has taken this node since.") from None
     except TooManyNodes:
         raise BadRequest(
             f"This provider has {settings.provider_nodes_max} nodes, and may have no more."
         ) from None
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
     await request.app[LOAD].report(loads)
-    is_outdated = is_older(beat.agent_version or _daemon_version(beat), MIN_AGENT_VERSION)
+    await request.app[COMMANDS].progress(beat.node_id, progress)
+    briefing = await request.app[COMMANDS].briefing(beat.node_id)
     return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        needs_update=is_outdated,
-        update_available=is_outdated,
         approval_status=provider.approval_status,
+        **_versions(beat, settings.agent_version_min),
+        **_wishes(briefing),
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
@@ -150,10 +166,28 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
     )
 
 
-def _daemon_version(beat: Heartbeat) -> str:
-    """Where the contract's own daemon tells it."""
-    told = beat.gpu_status.get("daemon_version")
-    return told if isinstance(told, str) else ""
+def _versions(beat: Heartbeat, least: str) -> dict[str, Any]:
+    """The contract's own daemon tells its version elsewhere; one that tells none is another than ours, which this gateway
+    can't update."""
+    told = beat.agent_version or beat.gpu_status.get("daemon_version")
+    agent = told if isinstance(told, str) else ""
+    return {
+        "min_version": least,
+        "needs_update": bool(agent) and is_older(agent, least),
+        "update_available": bool(agent) and is_older(agent, AGENT_VERSION),
+    }
+
+
+def _wishes(briefing: Briefing | None) -> dict[str, Any]:
+    """What is wanted of the node and the commands that it has not done, the first model to load among them once more."""
+    if briefing is None:
+        return {}
+    models = [each.arguments["model_name"] for each in briefing.commands if each.name == "preload_model"]
+    return {
+        "wanted": briefing.wanted,
+        "commands": tuple(command.to_json() for command in briefing.commands),
+        "preload_model": {"model_name": models[0], "status": "downloading"} if models else None,
+    }
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:
