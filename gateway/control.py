@@ -130,9 +130,10 @@ class ControlHub:
             session.node_id,
             extra={"action": "control_opened", "node": session.node_id},
         )
-        parts = {asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))}
+        parts = [asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))]
         try:
-            await asyncio.wait({*parts, session.over}, return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[None]] = [*parts, session.over]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:
                 part.cancel()
