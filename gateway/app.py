@@ -28,7 +28,7 @@ from gateway.api.admin import providers as admin_providers
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
-from gateway.api.provider import account, control, heartbeat, marketplace, telling
+from gateway.api.provider import account, control, heartbeat, history, marketplace, telling
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
@@ -77,6 +77,7 @@ ROUTES: tuple[RouteSet, ...] = (
     account.routes,
     control.routes,
     telling.routes,
+    history.routes,
     marketplace.routes,
     marketplace.renter_routes,
     admin_providers.routes,
