@@ -132,7 +132,7 @@ class ControlHub:
         )
         parts = [asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))]
         try:
-            waited: list[asyncio.Future[None]] = [*parts, session.over]
+            waited: list[asyncio.Future[Any]] = [*parts, session.over]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:

@@ -5,6 +5,7 @@ What is written, and to whom, is decided by whoever asks. An address or a text n
 
 import asyncio
 import os
+from email.errors import MessageError
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
 from pathlib import Path
@@ -70,7 +71,7 @@ class SmtpMailer:
                 username=self._user, password=self._password, use_tls=self._is_tls, start_tls=self._starts_tls,
                 timeout=TIMEOUT_S,
             )  # fmt: skip
-        except (aiosmtplib.SMTPException, OSError, TimeoutError, ValueError) as error:
+        except (aiosmtplib.SMTPException, OSError, TimeoutError, ValueError, MessageError) as error:
             raise MailFailed(type(error).__name__) from error
 
 
@@ -85,7 +86,7 @@ class FolderMailer:
         """Raises MailFailed."""
         try:
             await asyncio.to_thread(self._write, _message(self._sender, to, subject, text).as_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MessageError) as error:
             raise MailFailed(type(error).__name__) from error
 
     def _write(self, content: bytes) -> None:
