@@ -23,7 +23,9 @@ from nodes.agent.command import BadModel, ModelSpec, read_model
 from nodes.agent.environment import engine_status
 from nodes.agent.identity import NodeInUse, node_identity
 from nodes.agent.inventory import Inventory, local_address
+from nodes.agent.listener import CannotListen
 from nodes.agent.probe import probe_session
+from nodes.agent.reach import AgentReach
 from nodes.agent.reporter import Reporter
 from nodes.agent.stopping import Stopping
 from nodes.agent.supervisor import Supervisor
@@ -50,6 +52,9 @@ class AgentOptions:
     engine_urls: tuple[str, ...] = ()  # engines that run already; only watched
     engine_python: Path | None = None  # interpreter that has vLLM; None: `find_engine_python`
     engine_command: tuple[str, ...] = ()  # instead of vLLM, with {port} and {model} filled in
+    reach: str = "direct"  # how the gateway gets to the engines: straight, or through this `agent`
+    advertise: str = ""  # HOST:PORT at which this agent's listener can be reached; empty: the tunnel alone
+    listen: str = ""  # HOST:PORT that the listener listens on; empty: every address, the port of `advertise`
     settings: Settings = field(default_factory=Settings)
 
 
@@ -65,7 +70,7 @@ async def run_agent(options: AgentOptions) -> None:
     try:
         with node_identity(options.data_dir) as node_id:
             await _Agent(options, models, (python or Path(sys.executable)).absolute(), node_id).run()
-    except NodeInUse as error:
+    except (NodeInUse, CannotListen) as error:
         raise CannotStart(str(error)) from error
 
 
@@ -94,9 +99,11 @@ class _Agent:
         options = self._options
         die_with_parent(_from_thread(self._stopping.hurry), bound_s=PARENT_GONE_S)
         async with _gateway_session(options.gateway) as gateway, probe_session() as engines:
+            self._reach = AgentReach(options, self._node_id, gateway, engine_at=self._engine_at)
             reporter = Reporter(
-                gateway, gateway=options.gateway, describe=self._describe, settings=options.settings
-            )
+                gateway, gateway=options.gateway, describe=self._describe, settings=options.settings,
+                heard=lambda reply: self._reach.heard(reply.reach, reporter.changed),
+            )  # fmt: skip
             self._supervisor = Supervisor(
                 models=self._models,
                 engine_urls=options.engine_urls,
@@ -112,7 +119,12 @@ class _Agent:
                 override=options.engine_command,
             )
             with _signals(self._stopping.ask):
-                await self._serve(reporter)
+                async with self._reach:
+                    await self._serve(reporter)
+
+    def _engine_at(self, engine_id: str) -> str | None:
+        """The URL of one of this host's engines."""
+        return next((one.url for one in self._supervisor.reports() if one.engine_id == engine_id), None)
 
     async def _serve(self, reporter: Reporter) -> None:
         reporting = asyncio.create_task(reporter.run(), name="reporter")
@@ -142,6 +154,7 @@ class _Agent:
             agent_version=AGENT_VERSION,
             engines=self._supervisor.reports(),
             load=self._supervisor.loads(),
+            reach=self._reach.asked(),
         )
 
 

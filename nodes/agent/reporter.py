@@ -48,8 +48,10 @@ class Reporter:
         gateway: str,
         describe: Callable[[int], Awaitable[Heartbeat]],
         settings: Settings,
+        heard: Callable[[HeartbeatReply], None] = lambda reply: None,
     ) -> None:
         self._session = session
+        self._tell = heard
         self._url = gateway.rstrip("/") + HEARTBEAT_PATH
         self._describe = describe  # gets the epoch
         self._interval_s = settings.heartbeat_interval_s
@@ -132,6 +134,7 @@ class Reporter:
                 extra={"action": "agent_outdated"},
             )
         self._is_outdated = reply.needs_update
+        self._tell(reply)
 
     def _complain(self, outcome: Outcome) -> None:
         """Once for each kind of trouble, not once a try."""

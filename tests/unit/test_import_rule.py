@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "gateway": ("gateway", "nodes", "billing", "config"),
     "nodes": ("nodes", "config"),
-    "nodes.agent": ("nodes.agent", "nodes.protocol", "config"),  # it ships alone to GPU hosts
+    "nodes.agent": ("nodes.agent", "nodes.protocol", "nodes.tunnel", "config"),  # it ships alone to GPU hosts
+    "nodes.tunnel": ("nodes.tunnel", "config"),  # and this with it
     "billing": ("billing", "config"),
     "config": ("config",),
 }
