@@ -64,6 +64,7 @@ class Dispatcher:
         pepper: bytes,
         settle: Callable[[Turn], None],
         covers: Callable[[Turn, Tokens], int],
+        upstreams: Upstreams,
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -72,7 +73,7 @@ class Dispatcher:
         self._covers = covers
         self._salts: dict[int, str] = {}
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
-        self.upstreams = Upstreams(settings)
+        self.upstreams = upstreams
         self.flights: set[Flight] = set()
         self.answer_bytes_max = settings.answer_bytes_max
 
