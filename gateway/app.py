@@ -27,7 +27,7 @@ from gateway.api import services
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
-from gateway.api.provider import heartbeat
+from gateway.api.provider import heartbeat, tunnel
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
 from gateway.caretaker import Caretaker
@@ -45,12 +45,22 @@ from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
 from gateway.lifecycle import Lifecycle
 from gateway.money import Money
+from gateway.reach.ask import NoAnswer, ask
+from gateway.reach.check import ListenerChecks
+from gateway.reach.hop import HopServer
+from gateway.reach.tokens import hop_secret
+from gateway.reach.tunnels import Tunnels
+from gateway.reach.ways import Ways
 from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.relay.upstream import ConnectFailed
+from gateway.relay.upstreams import Upstreams
 from gateway.tls import TlsFiles
-from nodes.heartbeats import AllowedNetworks, NodeStore
+from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
+from nodes.networks import AllowedNetworks
+from nodes.reaching import ReachStore
 from nodes.registry import Registry
 from nodes.routing.snapshot import Engine
 
@@ -63,6 +73,7 @@ ROUTES: tuple[RouteSet, ...] = (
     complete.routes,
     models.routes,
     heartbeat.routes,
+    tunnel.routes,
     health.routes,
 )
 
@@ -75,6 +86,9 @@ TURN_ROUTES: dict[bytes, AskOf] = {
     b"/v1/complete/stream": complete.complete_stream_ask,
 }
 """What the edge serves itself where a request is plain."""
+
+PROBE_BYTES_MAX = 65536
+"""Of an engine's answer to /health, which is empty."""
 
 GAUGES_S = 1.0
 """How often gauges are set."""
@@ -119,6 +133,12 @@ class Gateway:
         networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
         self.registry = Registry(settings, networks, clock)
         nodes = NodeStore(self._pool)
+        reaching = ReachStore(self._pool)
+        self.tunnels = Tunnels(settings, reaching)
+        self._hops = HopServer(hop_secret(pepper), self.tunnels)
+        ways = Ways(pepper, self.tunnels)
+        upstreams = Upstreams(settings, ways)
+        self._checks = ListenerChecks(settings, store=reaching, networks=networks, ways=ways, pepper=pepper)
         self._load = LoadShare(self._valkey, self.registry, settings, worker)
         feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
@@ -134,11 +154,12 @@ class Gateway:
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
             leases=self.money.leases, is_full=lambda: journal.is_full,
-            count_prompt=partial(count_prompt, self._http, settings),
+            count_prompt=partial(count_prompt, upstreams, settings),
         )  # fmt: skip
         self.lifecycle = Lifecycle(
-            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add
-        )
+            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add,
+            upstreams=upstreams,
+        )  # fmt: skip
         self.keyed_turns = KeyedTurns(
             self.money.claims, self.lifecycle.run, settings, self.money.incarnation.id
         )
@@ -149,6 +170,10 @@ class Gateway:
         )  # fmt: skip
 
         app = self._application(keyring, nodes, networks, prices)
+        app[services.REACHING] = reaching
+        app[services.TUNNELS] = self.tunnels
+        app[services.LISTENER_CHECKS] = self._checks
+        self.tunnels.worker = await self._hops.start(settings.hop_host)
         await self.health.check()
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
@@ -251,12 +276,13 @@ class Gateway:
 
     async def _probe(self, engine: Engine) -> bool:
         """One question to an engine whose breaker is open."""
-        timeout = aiohttp.ClientTimeout(total=self.settings.connect_timeout_s)
+        pool = self.lifecycle.upstreams.pool(engine)
+        timeout_s = self.settings.connect_timeout_s
         try:
-            async with self._http.get(f"http://{engine.authority}/health", timeout=timeout) as reply:
-                return reply.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+            status, _ = await ask(pool, pool.bare("/health"), timeout_s=timeout_s, bytes_max=PROBE_BYTES_MAX)
+        except (ConnectFailed, NoAnswer):
             return False
+        return status == 200
 
     async def _set_gauges(self) -> None:
         while True:
@@ -278,6 +304,7 @@ class Gateway:
         """No new connections; begun turns may end within `shutdown_grace_s`; then their usage is written."""
         self.health.is_draining = True
         self.door.drain()
+        self.tunnels.drain()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
@@ -289,11 +316,14 @@ class Gateway:
             )
             self.lifecycle.cut_all()
             await self._ended_within(CUT_S)
+        await self.tunnels.close()
+        self._hops.close()
         await manager.shutdown(CUT_S)
         self.door.close()
         await self._runner.cleanup()
         await self.keyed_turns.close(CUT_S)
         await self._end_tasks()
+        await self._checks.close()
         self._records.flush()
         await self.money.close()
         await self._load.leave()
@@ -320,7 +350,9 @@ class Gateway:
         """Wait for all turns to end."""
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + limit_s
-        while self._is_busy and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
+        while self._is_busy and loop.time() < ends_s:
+            if not self.lifecycle.in_flight:
+                self.lifecycle.upstreams.close()  # idle ones keep tunnels open, whose agents wait to be told
             await asyncio.sleep(STOP_POLL_S)
         return not self._is_busy
 

@@ -12,8 +12,12 @@ from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.lifecycle import Lifecycle
-from nodes.heartbeats import AllowedNetworks, NodeStore
+from gateway.reach.check import ListenerChecks
+from gateway.reach.tunnels import Tunnels
+from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
+from nodes.networks import AllowedNetworks
+from nodes.reaching import ReachStore
 from nodes.registry import Registry
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -24,6 +28,9 @@ LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REGISTRY = web.AppKey("registry", Registry)
 NODES = web.AppKey("nodes", NodeStore)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
+REACHING = web.AppKey("reaching", ReachStore)
+TUNNELS = web.AppKey("tunnels", Tunnels)
+LISTENER_CHECKS = web.AppKey("listener_checks", ListenerChecks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)

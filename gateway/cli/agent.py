@@ -18,11 +18,16 @@ KEY_VARIABLE = "POOLGATE_AGENT_KEY"
 DETAILS = """\
 Starts vLLM for each --model, watches it, restarts it when it dies, and reports it to the gateway, which
 then sends it turns. With --engine-url it reports vLLM servers that run already and starts none.
-It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped."""
+It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped.
+
+Engines listen on this host alone. A gateway elsewhere reaches them through this agent: by the tunnel that
+it opens, which needs nothing but the way out to the gateway; or, a little faster, by its TLS listener at
+the address that --advertise names, once the gateway has found it there."""
 
 EXAMPLES = """\
   POOLGATE_AGENT_KEY=dc1-provider-... poolgate agent --gateway https://gateway.example.com --model ~/llama
   poolgate agent --gateway http://127.0.0.1:8080 --key dc1-provider-... --engine-url http://127.0.0.1:8000
+  poolgate agent --gateway https://gateway.example.com --model ~/llama --advertise gpu-7.example.com:8443
 
 a key for it, made where the gateway's database is:
   poolgate account create --name rack-1 --provider
@@ -41,6 +46,19 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help=f"provider key, scope `node`; better in {KEY_VARIABLE}: others can see arguments",
     )
     add_engines(group)
+    group.add_argument(
+        "--reach", choices=("auto", "direct", "agent"), default="auto",
+        help="how the gateway gets to the engines: straight at their addresses (direct), or through this agent; "
+        "auto: direct if the gateway is on this host",
+    )  # fmt: skip
+    group.add_argument(
+        "--advertise", metavar="HOST:PORT", default="",
+        help="address at which the gateway reaches this agent's listener; without it, the tunnel serves",
+    )  # fmt: skip
+    group.add_argument(
+        "--listen", metavar="[HOST]:PORT", default="",
+        help="address that the listener listens on, if it is not every one with the port of --advertise",
+    )  # fmt: skip
 
 
 def add_engines(group: "argparse._ArgumentGroup") -> None:
@@ -65,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     gateway = checked_url(args.gateway, "--gateway")
     engine_urls = [checked_url(url, "--engine-url") for url in args.engine_urls]
     models = [checked_model(folder) for folder in args.models]
+    reach = checked_reach(args, gateway)
     setup_logs(settings, "agent")
     from nodes.agent.main import AgentOptions, CannotStart, run_agent  # here: it loads an HTTP client
 
@@ -74,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
         data_dir=Path(settings.data_dir).absolute(),
         models=tuple(models),
         engine_urls=tuple(engine_urls),
+        reach=reach,
+        advertise=args.advertise,
+        listen=args.listen,
         settings=settings,
     )
     try:
@@ -81,6 +103,22 @@ def run(args: argparse.Namespace) -> int:
     except CannotStart as error:
         raise Refused(str(error)) from error
     return 0
+
+
+def checked_reach(args: argparse.Namespace, gateway: str) -> str:
+    """`direct` or `agent`; Refused for addresses that are none."""
+    for option, text in (("--advertise", args.advertise), ("--listen", args.listen)):
+        host, _, port = text.rpartition(":")
+        if text and not (port.isdecimal() and 0 < int(port) < 65536 and (host or option == "--listen")):
+            raise Refused(f"{option} {text}: expected HOST:PORT")
+    if args.listen and not args.advertise:
+        raise Refused("--listen goes together with --advertise: nobody would know of the listener")
+    if args.reach == "direct" and args.advertise:
+        raise Refused("--advertise goes together with --reach agent")
+    if args.reach != "auto":
+        return str(args.reach)
+    is_here = urlsplit(gateway).hostname in ("127.0.0.1", "::1", "localhost")
+    return "direct" if is_here and not args.advertise else "agent"
 
 
 def checked_url(url: str, option: str) -> str:

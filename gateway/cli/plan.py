@@ -20,6 +20,9 @@ from gateway.cli.parsing import OWN_VARIABLES, settings_of
 from gateway.cli.probes import reachable_base_url, why_port_is_taken
 from gateway.cli.serve import check_price_book
 
+LOOPBACK = "127.0.0.0/8,::1/128"
+"""Where this command's own agent has its engines."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -108,7 +111,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         settings=replace(
             settings,
             data_dir=str(Path(settings.data_dir).expanduser().absolute()),
-            node_networks=with_networks(settings.node_networks, engine_urls),
+            node_networks=with_networks(
+                settings.node_networks if args.no_node else f"{settings.node_networks},{LOOPBACK}",
+                engine_urls,
+            ),
         ),
         config=config,
         base_url=reachable_base_url(settings.host, settings.port),

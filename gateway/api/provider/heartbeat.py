@@ -15,12 +15,23 @@ from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.services import (
+    ACCOUNTS,
+    KEYRING,
+    LISTENER_CHECKS,
+    LOAD,
+    NETWORKS,
+    NODES,
+    REACHING,
+    SETTINGS,
+)
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Forbidden, Unavailable
 from gateway.identity.keyring import Principal
-from nodes.heartbeats import EngineUrlRefused, NodeOfAnother
-from nodes.protocol import BadMessage, Heartbeat, HeartbeatReply
+from nodes.heartbeats import AddressOfAnother, NodeOfAnother
+from nodes.networks import EngineUrlRefused
+from nodes.protocol import BadMessage, EngineReport, Heartbeat, HeartbeatReply, ReachReply
+from nodes.reach import DIRECT, ENGINE_ID, NONE
 
 log = logging.getLogger("poolgate.nodes")
 
@@ -34,7 +45,7 @@ NODE_OF_KEY = uuid.UUID("6f1d1c0e-6f0a-4d0c-9a57-0f3c5a3a7f10")
 
 
 class HeartbeatBody(BaseModel):
-    """The contract's heartbeat; `node_id`, `epoch`, `engines` and `load` are ours (nodes/protocol.py checks them)."""
+    """The contract's heartbeat; `node_id`, `epoch`, `engines`, `load`, `reach` are ours (nodes/protocol.py checks them)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -50,6 +61,9 @@ class HeartbeatBody(BaseModel):
     agent_version: str | None = None
     engines: list[dict[str, Any]] | None = None
     load: dict[str, dict[str, Any]] | None = None
+    reach: dict[str, str] | None = Field(
+        None, description="How its engines are reached: mode, advertise, fingerprint"
+    )
 
 
 class HeartbeatAnswer(BaseModel):
@@ -69,6 +83,7 @@ class HeartbeatAnswer(BaseModel):
     epoch: int
     lease_s: float
     heartbeat_interval_s: float
+    reach: dict[str, str]
 
 
 @routes.post(
@@ -103,13 +118,12 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise Forbidden("Provider not approved yet.")
     if not beat.node_id:
         beat = replace(beat, node_id=str(uuid.uuid5(NODE_OF_KEY, str(principal.account_id))))
-    networks = request.app[NETWORKS]
     try:
-        for engine in beat.engines:
-            networks.address(engine.url)
-        lease = await request.app[NODES].record(principal.account_id, beat, beat.engines)
+        lease = await request.app[NODES].record(principal.account_id, beat, _reachable_engines(request, beat))
     except EngineUrlRefused as error:
         raise BadRequest(f"engines[].url: {error}") from None
+    except AddressOfAnother:
+        raise BadRequest("engines[].url: this address is another provider's engine.") from None
     except NodeOfAnother:
         raise BadRequest("node_id is in use; remove the agent's file `node_id` to get another one.") from None
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
@@ -122,7 +136,32 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
         heartbeat_interval_s=settings.heartbeat_interval_s,
+        reach=await _reach(request, beat, principal),
     )
+
+
+def _reachable_engines(request: web.Request, beat: Heartbeat) -> list[EngineReport]:
+    """Each with its address in one spelling. Behind an agent it is of no concern here, but the engine's name stands in
+    headers. Raises EngineUrlRefused and BadRequest."""
+    if beat.reach.mode == "direct":
+        networks = request.app[NETWORKS]
+        return [replace(engine, url=networks.address(engine.url).url) for engine in beat.engines]
+    if not all(ENGINE_ID.fullmatch(engine.engine_id) for engine in beat.engines):
+        raise BadRequest(f"engines[].engine_id of a node behind its agent must match {ENGINE_ID.pattern}")
+    return list(beat.engines)
+
+
+async def _reach(request: web.Request, beat: Heartbeat, principal: Principal) -> ReachReply:
+    """What the agent is to know of the way to its node, and a check of its listener begun if one is due."""
+    if beat.reach.mode == "direct":
+        return ReachReply(way=DIRECT)
+    known = await request.app[REACHING].node(beat.node_id)
+    if known is None:  # deleted just now
+        return ReachReply(way=NONE)
+    checks = request.app[LISTENER_CHECKS]
+    checks.consider(beat.node_id, principal.account_id, beat.reach, known)
+    token = checks.token(principal.account_id, beat.node_id)
+    return ReachReply(way=known.way, problem=known.problem, token=token)
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:
