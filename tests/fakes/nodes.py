@@ -1,4 +1,4 @@
-"""An agent inside a test, with everything but engines of its own: it reports those that it is given and opens ways to them."""
+"""An agent inside a test, with everything but engines of its own: it reports those it is given and opens ways to them."""
 
 import asyncio
 import contextlib
