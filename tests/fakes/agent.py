@@ -34,10 +34,12 @@ def agent_process(
     model: str,
     knobs: dict[str, Any],
     flags: tuple[str, ...] = (),
+    reach: str = "direct",
+    advertise: str = "",
 ) -> Iterator[Child]:
     """An agent with one engine of `model`, which has these knobs and flags; its data folder is `folder`."""
     model_folder = folder / model
-    model_folder.mkdir(parents=True)
+    model_folder.mkdir(parents=True, exist_ok=True)
     (model_folder / "config.json").write_text("{}")
     command = (
         sys.executable, "-m", "bench.fake_engine", "--port", "{port}", "--served-model-name", model,
@@ -45,9 +47,9 @@ def agent_process(
     )  # fmt: skip
     given = {
         "gateway": gateway, "key": key, "data_dir": str(folder / "data"), "model": str(model_folder),
-        "command": command,
+        "command": command, "reach": reach, "advertise": advertise,
     }  # fmt: skip
-    with (folder / "agent.log").open("wb") as output:
+    with (folder / "agent.log").open("ab") as output:
         process = spawn_python(
             "tests.fakes.agent", env=environment(settings), cwd=ROOT,
             stdin=subprocess.PIPE, stdout=output, stderr=output,
@@ -85,7 +87,7 @@ def main() -> None:
     setup_logs(settings, "agent")
     options = AgentOptions(
         gateway=given["gateway"], key=given["key"], data_dir=Path(given["data_dir"]), models=(Path(given["model"]),),
-        engine_command=tuple(given["command"]), settings=settings,
+        engine_command=tuple(given["command"]), settings=settings, reach=given["reach"], advertise=given["advertise"],
     )  # fmt: skip
     asyncio.run(run_agent(options))
 
