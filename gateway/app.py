@@ -290,6 +290,7 @@ class Gateway:
             metrics.in_flight.set(self.lifecycle.in_flight)
             self.money.set_gauges()
             metrics.nodes_online.set(snapshot.nodes_online)
+            metrics.tunnels.set(len(self.tunnels))
             metrics.engines_ready.set(len(snapshot.engines))
             metrics.breakers_open.set(sum(engine.breaker.is_open for engine in snapshot.engines))
             await asyncio.sleep(GAUGES_S)

@@ -58,7 +58,7 @@ class Plan:
         return ["serve", *self._shared_arguments(), *listening]
 
     def agent_arguments(self, models: tuple[Path, ...]) -> list[str]:
-        arguments = ["agent", "--gateway", self.base_url, *self._shared_arguments()]
+        arguments = ["agent", "--gateway", self.base_url, "--reach", "direct", *self._shared_arguments()]
         for url in self.engine_urls:
             arguments += ["--engine-url", url]
         for folder in models:

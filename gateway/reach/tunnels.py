@@ -11,7 +11,7 @@ from config.ids import uuid7
 from config.postgres import AWAY
 from gateway.errors import Forbidden, Unavailable
 from nodes.reaching import ReachStore
-from nodes.tunnel.carrier import HEARTBEAT_S, carry
+from nodes.tunnel.carrier import CLOSE_S, HEARTBEAT_S, carry
 from nodes.tunnel.frames import MESSAGE_BYTES_MAX
 from nodes.tunnel.streams import Stream, Tunnel, TunnelLost
 
@@ -64,7 +64,7 @@ class Tunnels:
         if not is_opened:
             raise Forbidden("This key has no such node: a node has a tunnel after its first heartbeat.")
         socket = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S, compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=RETRY_AFTER_S
+            heartbeat=HEARTBEAT_S, compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=CLOSE_S
         )
         try:
             await socket.prepare(request)

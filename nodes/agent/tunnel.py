@@ -13,7 +13,7 @@ from config.defaults import Settings
 from nodes.agent.backoff import Backoff
 from nodes.agent.doorway import Doorway
 from nodes.protocol import NODE_HEADER, TUNNEL_PATH
-from nodes.tunnel.carrier import HEARTBEAT_S, carry
+from nodes.tunnel.carrier import CLOSE_S, HEARTBEAT_S, carry
 from nodes.tunnel.frames import MESSAGE_BYTES_MAX
 from nodes.tunnel.streams import Tunnel
 
@@ -81,12 +81,9 @@ class TunnelClient:
         try:
             async with asyncio.timeout(CONNECT_S):
                 socket = await self._session.ws_connect(
-                    self._url,
-                    headers=self._headers,
-                    heartbeat=HEARTBEAT_S,
-                    compress=0,
-                    max_msg_size=MESSAGE_BYTES_MAX,
-                )
+                    self._url, headers=self._headers, heartbeat=HEARTBEAT_S, compress=0,
+                    max_msg_size=MESSAGE_BYTES_MAX, timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
+                )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             self._complain(f"answered {error.status}")
             return False

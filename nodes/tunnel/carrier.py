@@ -16,6 +16,9 @@ HEARTBEAT_S = 15.0
 """A websocket is pinged this often, and given up when no answer comes within half of it: what lies between the two ends
 (NAT, balancers) forgets connections that are silent for a minute."""
 
+CLOSE_S = 2.0
+"""What the other end has to answer a goodbye."""
+
 
 async def carry(tunnel: Tunnel, socket: Any) -> str:
     """Until it ends, whoever ends it; why. `socket` is aiohttp's websocket, of a client or of a server."""
