@@ -47,9 +47,10 @@ packets, which all streams of a tunnel share.
 
 **Paced**: {STREAMS} streams of {CHUNKS} chunks, one every {PACE_MS:g} ms on average (±{JITTER:.0%} at random).
 **First byte**: streams of 16 tokens at {RATE:g} a second, counted from when a request was due; *added* is the
-difference to *straight* in the same round. With connections kept nobody shakes hands; with `engine_idle_s` = 0 each turn has a connection of its own, as turns
-have that come seldom: then TCP and TLS need their handshakes, and a tunnel a frame. On a real network each handshake's
-round trip costs its time: two for the listener, none for the tunnel, one or two more on loopback for the hop."""
+difference to *straight* in the same round. With connections kept nobody shakes hands; with `engine_idle_s` = 0 each
+turn has a connection of its own, as turns have that come seldom: then TCP and TLS need their handshakes, and a tunnel
+a frame. On a real network each handshake's round trip costs its time: two for the listener, none for the tunnel, one
+or two more on loopback for the hop."""
 
 
 @dataclass(frozen=True, slots=True)
