@@ -119,6 +119,7 @@ async def _all_ways(ground: Ground, names: Sequence[str], idle_s: float | None) 
             folder = ground.folder / f"reach-{uuid.uuid4().hex[:8]}"
             folder.mkdir()
             settings, pool = await stack.enter_async_context(ground.database(folder))
+            settings = replace(settings, heartbeat_interval_s=5.0)  # agents hear with it which way is taken
             if idle_s is not None:
                 settings = replace(settings, engine_idle_s=idle_s)
             ways.append(await stack.enter_async_context(_way(ground, name, settings, pool, folder)))
