@@ -15,21 +15,22 @@ async def ask(pool: UpstreamPool, request: bytes, *, timeout_s: float, bytes_max
         async with asyncio.timeout(timeout_s):
             connection = await pool.connect()
             try:
-                return await _answer(connection, request, timeout_s, bytes_max)
+                return await _answer(connection, request, bytes_max)
             finally:
                 connection.close()
     except TimeoutError:
         raise NoAnswer("no answer in time") from None
 
 
-async def _answer(
-    connection: UpstreamConnection, request: bytes, timeout_s: float, bytes_max: int
-) -> tuple[int, bytes]:
-    connection.begin(request)
+async def _answer(connection: UpstreamConnection, request: bytes, bytes_max: int) -> tuple[int, bytes]:
+    news = asyncio.Event()
+    connection.begin(request, news.set)
     while not connection.is_over:
         if connection.buffered > bytes_max:
             raise NoAnswer("its answer is too long")
-        await connection.changed(timeout_s)
+        connection.read_on()
+        await news.wait()
+        news.clear()
     if connection.failure is not None:
         raise NoAnswer(str(connection.failure))
     return connection.status, connection.take()

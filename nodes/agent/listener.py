@@ -42,7 +42,11 @@ class Listener:
 
     async def start(self) -> None:
         """Raises CannotListen."""
-        context, self.fingerprint = await asyncio.to_thread(listener_context, self._file)
+        try:
+            context, self.fingerprint = await asyncio.to_thread(listener_context, self._file)
+        except ImportError:
+            words = "a listener's certificate needs the package cryptography: install it, or leave --advertise away"
+            raise CannotListen(words) from None
         try:
             self._server = await asyncio.get_running_loop().create_server(
                 self._door.from_outside, self._host or None, self._port, ssl=context, backlog=BACKLOG,
