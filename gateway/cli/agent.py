@@ -4,7 +4,6 @@ What it does is nodes/agent's.
 """
 
 import argparse
-import asyncio
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     models = [checked_model(folder) for folder in args.models]
     reach = checked_reach(args, gateway)
     setup_logs(settings, "agent")
-    from nodes.agent.main import AgentOptions, CannotStart, run_agent  # here: it loads an HTTP client
+    from nodes.agent.main import AgentOptions, CannotStart, run_to_end  # here: it loads an HTTP client
 
     options = AgentOptions(
         gateway=gateway,
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
     )
     try:
-        asyncio.run(run_agent(options))
+        run_to_end(options)
     except CannotStart as error:
         raise Refused(str(error)) from error
     return 0

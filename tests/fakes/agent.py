@@ -3,7 +3,6 @@
 It is the real agent: heartbeats, health checks, restarts. Only the command that starts an engine is another one.
 """
 
-import asyncio
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from bench.processes import ROOT, environment
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import Child, spawn_python
-from nodes.agent.main import AgentOptions, run_agent
+from nodes.agent.main import AgentOptions, run_to_end
 
 STOP_S = 30.0
 
@@ -89,7 +88,7 @@ def main() -> None:
         gateway=given["gateway"], key=given["key"], data_dir=Path(given["data_dir"]), models=(Path(given["model"]),),
         engine_command=tuple(given["command"]), settings=settings, reach=given["reach"], advertise=given["advertise"],
     )  # fmt: skip
-    asyncio.run(run_agent(options))
+    run_to_end(options)
 
 
 if __name__ == "__main__":
