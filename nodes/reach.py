@@ -49,8 +49,8 @@ Reach: TypeAlias = Direct | Listener | Tunnelled
 def reach_behind_agent(
     account_id: int, node_id: str, engine_id: str, *, listener: tuple[str, int, str] | None, tunnel: str
 ) -> Listener | Tunnelled | None:
-    """The way to an engine behind its agent: the listener (host, port, fingerprint), which costs least, else the tunnel that
-    ends in the worker `tunnel`; None without either."""
+    """The way to an engine behind its agent: the listener (host, port, fingerprint), which is every worker's own, else the
+    tunnel that ends in the worker `tunnel`; None without either."""
     if ENGINE_ID.fullmatch(engine_id) is None:
         return None
     if listener is not None:

@@ -20,8 +20,8 @@ then sends it turns. With --engine-url it reports vLLM servers that run already 
 It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped.
 
 Engines listen on this host alone. A gateway elsewhere reaches them through this agent: by the tunnel that
-it opens, which needs nothing but the way out to the gateway; or, a little faster, by its TLS listener at
-the address that --advertise names, once the gateway has found it there."""
+it opens, which needs nothing but the way out to the gateway; or by its TLS listener at the address that
+--advertise names, once the gateway has found it there."""
 
 EXAMPLES = """\
   POOLGATE_AGENT_KEY=dc1-provider-... poolgate agent --gateway https://gateway.example.com --model ~/llama
