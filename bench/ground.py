@@ -115,6 +115,7 @@ class Ground:
         settings = load_settings(
             environ={}, database_url=url, redis_url=self.stores.redis_url, data_dir=str(folder / "data"),
             key_pepper="pepper-of-the-bench", heartbeat_interval_s=600.0, heartbeat_grace_s=3600.0,
+            node_networks="127.0.0.0/8",
         )  # fmt: skip
         async with await open_pool(url, max_size=2, timeout_s=30.0) as pool:
             yield settings, pool

@@ -475,7 +475,38 @@ class Settings:
 
     # --- nodes -------------------------------------------------------------------------------------------------
     node_networks: str = knob(
-        "127.0.0.0/8,::1/128", "networks in which engines may be reached over plain HTTP, comma separated"
+        "",
+        "networks in which engines may be called over plain HTTP at the addresses that nodes report, and private ones of"
+        " agents' listeners; comma separated; `poolgate up` adds this machine's own",
+    )
+    hop_host: str = knob(
+        "127.0.0.1",
+        "address on which workers take turns of other workers whose node's tunnel ends in them; with gateways on several "
+        "hosts an address of a network of theirs alone, since these bytes are not encrypted",
+    )
+    tunnel_window_bytes: int = knob(
+        131_072,
+        "bytes of one stream of a tunnel under way, or waiting for a slow client; a body of 10 MiB takes 80 round trips",
+        low=4096,
+        high=2**24,
+        unit="bytes",
+    )
+    tunnel_streams_max: int = knob(
+        4096,
+        "turns and idle connections in one tunnel; engines have some hundred turns at a time",
+        low=1,
+        high=1_000_000,
+        unit="streams",
+    )
+    tunnels_max: int = knob(
+        16_384, "tunnels that end in one worker, a descriptor each", low=1, high=1_000_000, unit="tunnels"
+    )
+    listener_check_s: float = knob(
+        300.0,
+        "an agent's listener is checked again this long after it was found good, at its next heartbeat",
+        low=1,
+        high=86400,
+        unit="seconds",
     )
     heartbeat_interval_s: float = knob(
         30.0,

@@ -169,6 +169,9 @@ class Metrics:
         self.engines_ready = Gauge(
             "poolgate_engines_ready", "Engines ready for turns", multiprocess_mode="livemax", registry=into
         )
+        self.tunnels = Gauge(
+            "poolgate_tunnels", "Agents' tunnels that are open", multiprocess_mode="livesum", registry=into
+        )
         self.breakers_open = Gauge(
             "poolgate_breakers_open",
             "Engines that a worker sends no turns to",

@@ -129,6 +129,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     _text("host", bool, "an address; 0.0.0.0 is every one"),
     _text("probe_host", bool, "an address; 0.0.0.0 is every one"),
+    _text("hop_host", bool, "an address that other workers can reach"),
     _text("data_dir", bool, "the path of a folder"),
     _text("currency", lambda text: bool(re.fullmatch("[A-Z]{3}", text)), "three capital letters (ISO 4217)"),
     _text(

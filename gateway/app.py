@@ -39,6 +39,7 @@ from gateway.api.provider import (
     marketplace,
     setup,
     telling,
+    tunnel,
 )
 from gateway.api.routes import RouteSet, add_to
 from gateway.api.system import docs, health
@@ -62,18 +63,28 @@ from gateway.lifecycle import Lifecycle
 from gateway.mail import mailer_of
 from gateway.marketplace import Marketplace
 from gateway.money import Money
+from gateway.reach.ask import NoAnswer, ask
+from gateway.reach.check import ListenerChecks
+from gateway.reach.hop import HopServer
+from gateway.reach.tokens import hop_secret
+from gateway.reach.tunnels import Tunnels
+from gateway.reach.ways import Ways
 from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.relay.upstream import ConnectFailed
+from gateway.relay.upstreams import Upstreams
 from gateway.reputation import ReputationChore
 from gateway.request_limits import RequestLimits, limited
 from gateway.tally import Tally
 from gateway.tls import TlsFiles
 from nodes.commands import CommandStore
 from nodes.events import EventStore
-from nodes.heartbeats import AllowedNetworks, NodeStore
+from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
+from nodes.networks import AllowedNetworks
 from nodes.providers import ProviderStore
+from nodes.reaching import ReachStore
 from nodes.registry import Registry
 from nodes.reputation import ReputationStore
 from nodes.routing.snapshot import Engine
@@ -98,6 +109,7 @@ ROUTES: tuple[RouteSet, ...] = (
     downloads.routes,
     setup.routes,
     node_commands.routes,
+    tunnel.routes,
     health.routes,
 )
 
@@ -110,6 +122,9 @@ TURN_ROUTES: dict[bytes, AskOf] = {
     b"/v1/complete/stream": complete.complete_stream_ask,
 }
 """What the edge serves itself where a request is plain."""
+
+PROBE_BYTES_MAX = 65536
+"""Of an engine's answer to /health, which is empty."""
 
 GAUGES_S = 1.0
 """How often gauges are set."""
@@ -158,6 +173,12 @@ class Gateway:
         networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
         self.registry = Registry(settings, networks, clock)
         nodes = NodeStore(self._pool)
+        reaching = ReachStore(self._pool)
+        self.tunnels = Tunnels(settings, reaching)
+        self._hops = HopServer(hop_secret(pepper), self.tunnels)
+        ways = Ways(pepper, self.tunnels)
+        upstreams = Upstreams(settings, ways)
+        self._checks = ListenerChecks(settings, store=reaching, networks=networks, ways=ways, pepper=pepper)
         self._load = LoadShare(self._valkey, self.registry, settings, worker)
         feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
@@ -181,11 +202,12 @@ class Gateway:
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
             leases=self.money.leases, is_full=lambda: journal.is_full,
-            count_prompt=partial(count_prompt, self._http, settings),
+            count_prompt=partial(count_prompt, upstreams, settings),
         )  # fmt: skip
         self.lifecycle = Lifecycle(
-            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add
-        )
+            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add,
+            upstreams=upstreams,
+        )  # fmt: skip
         self.keyed_turns = KeyedTurns(
             self.money.claims, self.lifecycle.run, settings, self.money.incarnation.id
         )
@@ -199,6 +221,10 @@ class Gateway:
         logins = self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
         app = self._application(keyring, nodes, networks, prices)
         self._add_providers(app, keys, logins)
+        app[services.REACHING] = reaching
+        app[services.TUNNELS] = self.tunnels
+        app[services.LISTENER_CHECKS] = self._checks
+        self.tunnels.worker = await self._hops.start(settings.hop_host)
         await self.health.check()
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
@@ -323,12 +349,13 @@ class Gateway:
 
     async def _probe(self, engine: Engine) -> bool:
         """One question to an engine whose breaker is open."""
-        timeout = aiohttp.ClientTimeout(total=self.settings.connect_timeout_s)
+        pool = self.lifecycle.upstreams.pool(engine)
+        timeout_s = self.settings.connect_timeout_s
         try:
-            async with self._http.get(f"http://{engine.authority}/health", timeout=timeout) as reply:
-                return reply.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+            status, _ = await ask(pool, pool.bare("/health"), timeout_s=timeout_s, bytes_max=PROBE_BYTES_MAX)
+        except (ConnectFailed, NoAnswer):
             return False
+        return status == 200
 
     async def _set_gauges(self) -> None:
         while True:
@@ -336,6 +363,7 @@ class Gateway:
             metrics.in_flight.set(self.lifecycle.in_flight)
             self.money.set_gauges()
             metrics.nodes_online.set(snapshot.nodes_online)
+            metrics.tunnels.set(len(self.tunnels))
             metrics.engines_ready.set(len(snapshot.engines))
             metrics.breakers_open.set(sum(engine.breaker.is_open for engine in snapshot.engines))
             await asyncio.sleep(GAUGES_S)
@@ -351,6 +379,7 @@ class Gateway:
         self.health.is_draining = True
         self.door.drain()
         self._control.close()
+        self.tunnels.drain()
         await self.acceptor.drain_and_close()
         manager = self._runner.server
         assert manager is not None
@@ -362,11 +391,14 @@ class Gateway:
             )
             self.lifecycle.cut_all()
             await self._ended_within(CUT_S)
+        await self.tunnels.close()
+        self._hops.close()
         await manager.shutdown(CUT_S)
         self.door.close()
         await self._runner.cleanup()
         await self.keyed_turns.close(CUT_S)
         await self._end_tasks()
+        await self._checks.close()
         self._records.flush()
         await self._tally.flush()
         await self.money.close()
@@ -394,7 +426,9 @@ class Gateway:
         """Wait for all turns to end."""
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + limit_s
-        while self._is_busy and loop.time() < ends_s:  # noqa: ASYNC110 - once, at the end
+        while self._is_busy and loop.time() < ends_s:
+            if not self.lifecycle.in_flight:
+                self.lifecycle.upstreams.close()  # idle ones keep tunnels open, whose agents wait to be told
             await asyncio.sleep(STOP_POLL_S)
         return not self._is_busy
 

@@ -62,6 +62,7 @@ class Dispatcher:
         pepper: bytes,
         settle: Callable[[Turn], None],
         covers: Callable[[Turn, Tokens], int],
+        upstreams: Upstreams,
     ) -> None:
         self.settings = settings
         self.covers = covers
@@ -70,7 +71,7 @@ class Dispatcher:
         self._settle = settle
         self._salts: dict[int, str] = {}
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
-        self.upstreams = Upstreams(settings)
+        self.upstreams = upstreams
         self.flights: set[Flight] = set()
         """Those that no task waits for."""
         self._awaited: set[Flight] = set()

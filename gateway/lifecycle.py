@@ -46,12 +46,14 @@ class Lifecycle:
         admission: Admission,
         pepper: bytes,
         record: Callable[[UsageRecord], None],
+        upstreams: Upstreams,
     ) -> None:
         self._admission = admission
         self._record = record
         self._dispatcher = Dispatcher(
-            settings, registry=registry, pepper=pepper, settle=self._settle, covers=self._covers
-        )
+            settings, registry=registry, pepper=pepper, settle=self._settle, covers=self._covers,
+            upstreams=upstreams,
+        )  # fmt: skip
         self._running: set[asyncio.Task[Any]] = set()
         self._cut: set[asyncio.Task[Any]] = set()
 

@@ -3,23 +3,17 @@
 PostgreSQL's clock decides who is late. The picture that turns are routed by is made from these rows in `nodes.registry`.
 """
 
-import ipaddress
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
 
 from nodes.protocol import EngineReport, Heartbeat
 from nodes.samples import keep_sample
-
-
-class EngineUrlRefused(ValueError):
-    """An engine's address is not one that this gateway may call."""
 
 
 class NodeOfAnother(Exception):
@@ -34,46 +28,8 @@ class TooManyNodes(Exception):
     """The provider has as many nodes as one may have."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineAddress:
-    """Where an engine listens; `host` is an IP address, so that no name can point elsewhere later."""
-
-    host: str
-    port: int
-
-
-class AllowedNetworks:
-    """The networks in which engines may be called over plain HTTP (setting `node_networks`)."""
-
-    def __init__(self, networks: str, *, own_ports: Sequence[int] = ()) -> None:
-        """`own_ports`: ports of this gateway, which on a loopback address are never an engine."""
-        self._networks = tuple(
-            ipaddress.ip_network(part.strip()) for part in networks.split(",") if part.strip()
-        )
-        self._own_ports = frozenset(own_ports)
-
-    def address(self, url: str) -> EngineAddress:
-        """The address in `url`. Raises EngineUrlRefused with what is allowed."""
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "", parts.port or 80
-            ip = _ip_address("127.0.0.1" if host == "localhost" else host)
-        except ValueError:
-            raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT") from None
-        if (
-            parts.scheme != "http"
-            or parts.path not in {"", "/"}
-            or parts.query
-            or parts.fragment
-            or parts.username
-        ):
-            raise EngineUrlRefused("an engine's url must be http://IP-ADDRESS:PORT")
-        # 0.0.0.0 and :: would reach this very host, whatever networks are listed.
-        if ip.is_unspecified or not any(ip in network for network in self._networks):
-            raise EngineUrlRefused("the engine's address is outside the gateway's node_networks")
-        if ip.is_loopback and port in self._own_ports:
-            raise EngineUrlRefused("the engine's address is the gateway's own")
-        return EngineAddress(str(ip), port)
+class AddressOfAnother(Exception):
+    """An engine of another provider has that address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +42,9 @@ class EngineRow:
     url: str
     restarts: int
     models: tuple[dict[str, Any], ...]
+    is_behind_agent: bool = False  # `url` is then what it is called on its own host
+    listener: tuple[str, int, str] | None = None  # host, port and fingerprint of its agent's, checked
+    tunnel: str = ""  # where the worker in which its agent's ends takes hops
 
     @property
     def key(self) -> str:
@@ -111,7 +70,8 @@ class NodeStore:
         self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], *, credit_s: float = 90.0,
         nodes_max: int = 10_000,
     ) -> NodeLease:  # fmt: skip
-        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, NodeFenced and TooManyNodes.
+        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, NodeFenced, AddressOfAnother and
+        TooManyNodes.
 
         An agent that begins (epoch 0) takes the node under a higher epoch; the one that had it is fenced from then on.
         The time since the heartbeat before counts as up, at most `credit_s` of it.
@@ -126,6 +86,14 @@ class NodeStore:
                     "select account_id from nodes where id = $1", uuid.UUID(beat.node_id)
                 )
                 raise NodeFenced if owner == account_id else NodeOfAnother
+            if (lease["reach"], beat.reach.mode) != ("direct", "direct"):
+                reach = beat.reach
+                await connection.execute(
+                    REACH, uuid.UUID(beat.node_id), reach.mode, reach.advertise, reach.fingerprint
+                )
+            urls = [engine.url for engine in engines]
+            if beat.reach.mode == "direct" and await connection.fetchval(TAKEN, account_id, urls):
+                raise AddressOfAnother
             await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
             await connection.execute(
                 "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
@@ -201,7 +169,21 @@ on conflict (id) do update set
     agent_version = excluded.agent_version
 where nodes.account_id = excluded.account_id
   and (excluded.instance in ('', nodes.instance) or nodes.instance = '' or $8 = 0)
-returning epoch, state
+returning epoch, state, reach
+"""
+
+# What was checked of a listener is forgotten when its agent says another thing of it.
+REACH = """
+update nodes set reach = $2, advertised = $3, fingerprint = $4,
+    listener_host = null, listener_port = null, listener_fingerprint = null, listener_checked_at = null,
+    listener_problem = ''
+where id = $1 and (reach, advertised, fingerprint) is distinct from ($2, $3, $4)
+"""
+
+TAKEN = """
+select true from engines e join nodes n on n.id = e.node_id
+where e.url = any($2::text[]) and n.account_id <> $1 and n.reach = 'direct' and n.state <> 'offline'
+limit 1
 """
 
 ENGINE = """
@@ -214,8 +196,10 @@ on conflict (node_id, engine_id) do update set
 """
 
 READY = """
-select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
+select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models,
+       n.reach = 'agent' as is_behind_agent, n.listener_host, n.listener_port, n.listener_fingerprint, t.worker
 from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
+left join tunnels t on t.node_id = n.id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id
 """
@@ -251,16 +235,6 @@ returning id
 """
 
 
-def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IPv4 address in IPv6's clothes is judged as what it is. Raises ValueError."""
-    ip = ipaddress.ip_address(host)
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.scope_id is not None:
-            raise ValueError(host)
-        return ip.ipv4_mapped or ip
-    return ip
-
-
 def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
     models = [
         {"id": model.id, "context_length": model.context_length, "kind": model.kind, "parent": model.parent}
@@ -280,4 +254,9 @@ def _engine_row(row: asyncpg.Record) -> EngineRow:
         url=row["url"],
         restarts=row["restarts"],
         models=tuple(orjson.loads(row["models"])),
+        is_behind_agent=row["is_behind_agent"],
+        listener=None
+        if row["listener_host"] is None
+        else (row["listener_host"], row["listener_port"], row["listener_fingerprint"]),
+        tunnel=row["worker"] or "",
     )

@@ -4,7 +4,9 @@ Field names are those of the marketplace contract plus our optional ones; a mess
 checked here and never trusted. What a gateway does with one is left to `heartbeats`, what goes in to `agent`.
 """
 
+import hmac
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,11 @@ from uuid import UUID
 AGENT_VERSION = "0.1.0"
 MIN_AGENT_VERSION = "0.1.0"
 HEARTBEAT_PATH = "/api/providers/heartbeat"
+TUNNEL_PATH = "/api/providers/tunnel"
+NODE_HEADER = "x-poolgate-node"  # which node a tunnel is of
+TOKEN_HEADER = "x-poolgate-token"  # what a request to an agent's listener must have  # noqa: S105 - its name
+ENGINE_HEADER = "x-poolgate-engine"  # and for which engine it is
+PROOF_PATH = "/poolgate/proof"  # where a listener proves whose it is
 
 STARTING, READY, DRAINING, FAILED, STOPPED = "starting", "ready", "draining", "failed", "stopped"
 ENGINE_STATES = (STARTING, READY, DRAINING, FAILED, STOPPED)
@@ -36,6 +43,11 @@ PREFERENCES = (
 
 WANTED_BY_STATE = {"paused": "pause", "draining": "drain"}
 """What is wanted of a node, where a gateway tells only the node's state."""
+
+
+def listener_proof(token: str, nonce: str) -> str:
+    """What only a listener that has the node's token can answer to `nonce`; it tells nothing of the token."""
+    return hmac.digest(token.encode(), f"listener:{nonce}".encode(), "sha256").hex()
 
 
 class BadMessage(ValueError):
@@ -156,6 +168,57 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachAsked:
+    """How a node's engines are to be reached: `direct` at the addresses reported, or behind their `agent`, by its tunnel or
+    by the listener that it advertises (HOST:PORT and the SHA-256 of its certificate, in hex)."""
+
+    mode: str = "direct"
+    advertise: str = ""
+    fingerprint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mode": self.mode, "advertise": self.advertise, "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, value: object) -> "ReachAsked":
+        if value is None:
+            return cls()
+        fields = _Fields(value, "reach")
+        asked = cls(
+            mode=fields.one_of("mode", ("direct", "agent"), "direct"),
+            advertise=fields.text("advertise"),
+            fingerprint=fields.text("fingerprint").lower(),
+        )
+        if asked.advertise and not re.fullmatch("[0-9a-f]{64}", asked.fingerprint):
+            raise BadMessage("reach.fingerprint must be the SHA-256 of the listener's certificate, in hex")
+        return asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachReply:
+    """How the gateway gets to this node now (direct, listener, tunnel or none), what keeps it from a better way, and the
+    secret by which a listener knows the gateway."""
+
+    way: str = ""
+    problem: str = ""
+    token: str = field(default="", repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"way": self.way, "problem": self.problem, "token": self.token}
+
+    @classmethod
+    def from_json(cls, value: object) -> "ReachReply":
+        if value is None:
+            return cls()
+        fields = _Fields(value, "reach")
+        return cls(
+            way=fields.text("way"),
+            problem=fields.text("problem", most=REASON_MAX),
+            token=fields.text("token"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """What an agent says of its node. Only `api_key` is required; without `node_id` a key has one node."""
 
@@ -173,6 +236,7 @@ class Heartbeat:
     engines: tuple[EngineReport, ...] = ()
     load: Mapping[str, EngineLoad] = field(default_factory=dict)  # by engine_id
     progress: tuple[Mapping[str, Any], ...] = ()  # of commands, where the control websocket is down
+    reach: ReachAsked = field(default_factory=ReachAsked)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -190,6 +254,7 @@ class Heartbeat:
             "engines": [engine.to_json() for engine in self.engines],
             "load": {engine_id: load.to_json() for engine_id, load in self.load.items()},
             "progress": [dict(entry) for entry in self.progress],
+            "reach": self.reach.to_json(),
         }
 
     @classmethod
@@ -218,6 +283,7 @@ class Heartbeat:
             progress=tuple(
                 _Fields(item, "progress[]").all() for item in fields.items("progress", PENDING_MAX)
             ),
+            reach=ReachAsked.from_json(fields.get("reach")),
         )
 
 
@@ -241,6 +307,7 @@ class HeartbeatReply:
     lease_s: float = 0.0  # 0: none was said
     heartbeat_interval_s: float = 0.0  # 0: none was said
     state: str = ""  # of the node, as the gateway has it: online, paused, draining, suspended
+    reach: ReachReply = field(default_factory=ReachReply)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -262,6 +329,7 @@ class HeartbeatReply:
             "heartbeat_interval_s": self.heartbeat_interval_s,
             "state": self.state,
             "preferences": dict(self.preferences),
+            "reach": self.reach.to_json(),
         }
 
     @classmethod
@@ -287,6 +355,7 @@ class HeartbeatReply:
             lease_s=fields.number("lease_s"),
             heartbeat_interval_s=fields.number("heartbeat_interval_s"),
             state=fields.text("state"),
+            reach=ReachReply.from_json(fields.get("reach")),
         )
 
 
@@ -310,7 +379,7 @@ class _Fields:
         return self._fields
 
     def text(self, name: str, *, required: bool = False, most: int = TEXT_MAX) -> str:
-        value = self._get(name)
+        value = self.get(name)
         if value is None and not required:
             return ""
         if not isinstance(value, str) or len(value) > most or (required and not value):
@@ -325,7 +394,7 @@ class _Fields:
         return tuple(str(value) for value in values)
 
     def one_of(self, name: str, allowed: tuple[str, ...], default: str = "") -> str:
-        value = self._get(name)
+        value = self.get(name)
         if value is None and default:
             return default
         if not isinstance(value, str) or value not in allowed:
@@ -333,7 +402,7 @@ class _Fields:
         return value
 
     def number(self, name: str) -> float:
-        value = self._get(name)
+        value = self.get(name)
         if value is None:
             return 0.0
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -349,13 +418,13 @@ class _Fields:
         return int(value)
 
     def flag(self, name: str) -> bool:
-        value = self._get(name)
+        value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise self._bad(name, "must be true or false")
         return bool(value)
 
     def items(self, name: str, most: int) -> list[object]:
-        value = self._get(name)
+        value = self.get(name)
         if value is None:
             return []
         if not isinstance(value, list) or len(value) > most:
@@ -363,7 +432,7 @@ class _Fields:
         return value
 
     def facts(self, name: str, most: int = FACTS_MAX) -> dict[str, Any]:
-        value = self._get(name)
+        value = self.get(name)
         if value is None:
             return {}
         if not isinstance(value, dict) or len(value) > most:
@@ -371,9 +440,10 @@ class _Fields:
         return value
 
     def has(self, name: str) -> bool:
-        return self._get(name) is not None
+        return self.get(name) is not None
 
-    def _get(self, name: str) -> object:
+    def get(self, name: str) -> object:
+        """As it stands there."""
         return self._fields.get(name)
 
     def _bad(self, name: str, what: str) -> BadMessage:

@@ -12,7 +12,9 @@ from config.clock import Clock
 from config.defaults import Settings
 from config.postgres import AWAY
 from nodes.breaker import Breaker
-from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused, NodeStore
+from nodes.heartbeats import EngineRow, NodeStore
+from nodes.networks import AllowedNetworks, EngineUrlRefused
+from nodes.reach import Direct, Listener, Reach, reach_behind_agent
 from nodes.routing.snapshot import Engine, Model, Snapshot
 
 log = logging.getLogger("poolgate.nodes")
@@ -60,11 +62,11 @@ class Registry:
             callback(self.snapshot)
 
     def _engine(self, row: EngineRow) -> Engine | None:
-        try:
-            address = self._networks.address(row.url)
-        except EngineUrlRefused as error:
-            log.warning("engine %s is not used: %s", row.key, error, extra={"action": "engine_refused"})
+        reach = self._reach(row)
+        if reach is None:
             return None
+        # Of a tunnel the gateway knows no address; no connection is opened by these then.
+        host, port = (reach.host, reach.port) if isinstance(reach, Direct | Listener) else ("node", 80)
         models = {model["id"]: Model.of(model) for model in row.models}
         engine = self._engines.get(row.key)
         if engine is None:
@@ -73,14 +75,27 @@ class Registry:
             )
             breaker = Breaker(self._settings)
             return Engine(
-                row.key, row.node_id, row.engine_id, row.account_id, address.host, address.port, models, breaker,
-                row.restarts,
+                row.key, row.node_id, row.engine_id, row.account_id, host, port, models, breaker, row.restarts,
+                reach=reach,
             )  # fmt: skip
-        if (engine.host, engine.port, engine.incarnation) != (address.host, address.port, row.restarts):
-            engine.host, engine.port, engine.incarnation = address.host, address.port, row.restarts
+        if (engine.reach, engine.incarnation) != (reach, row.restarts):
+            engine.host, engine.port, engine.reach, engine.incarnation = host, port, reach, row.restarts
             engine.breaker.reset()
         engine.models = models
         return engine
+
+    def _reach(self, row: EngineRow) -> Reach | None:
+        """The way to an engine; None while there is none that may be used."""
+        if row.is_behind_agent:
+            return reach_behind_agent(
+                row.account_id, row.node_id, row.engine_id, listener=row.listener, tunnel=row.tunnel
+            )
+        try:
+            address = self._networks.address(row.url)
+        except EngineUrlRefused as error:
+            log.warning("engine %s is not used: %s", row.key, error, extra={"action": "engine_refused"})
+            return None
+        return Direct(address.host, address.port)
 
     def engine_failed(self, engine: Engine) -> None:
         """A turn failed by this engine's fault."""

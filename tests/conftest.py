@@ -115,7 +115,7 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
         load_share_s=0.02, health_interval_s=0.1, heartbeat_interval_s=0.2, heartbeat_grace_s=2.0,
         breaker_open_s=0.05, engine_poll_s=0.05, engine_restart_s=0.05, connect_timeout_s=TEST_TIMEOUT_S,
         shutdown_grace_s=5.0, drain_idle_s=0.1, heartbeat_requests_minute=100_000, api_requests_minute=100_000,
-        marketplace_requests_minute=100_000,
+        marketplace_requests_minute=100_000, node_networks="127.0.0.0/8,::1/128",
     )  # fmt: skip
 
 

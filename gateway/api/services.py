@@ -17,12 +17,16 @@ from gateway.identity.logins import Logins
 from gateway.identity.providers import ProviderAccounts
 from gateway.lifecycle import Lifecycle
 from gateway.marketplace import Marketplace
+from gateway.reach.check import ListenerChecks
+from gateway.reach.tunnels import Tunnels
 from gateway.request_limits import RequestLimits
 from nodes.commands import CommandStore
 from nodes.events import EventStore
-from nodes.heartbeats import AllowedNetworks, NodeStore
+from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
+from nodes.networks import AllowedNetworks
 from nodes.providers import ProviderStore
+from nodes.reaching import ReachStore
 from nodes.registry import Registry
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -41,6 +45,9 @@ REQUEST_LIMITS = web.AppKey("request_limits", RequestLimits)
 COMMANDS = web.AppKey("commands", CommandStore)
 CONTROL = web.AppKey("control", ControlHub)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
+REACHING = web.AppKey("reaching", ReachStore)
+TUNNELS = web.AppKey("tunnels", Tunnels)
+LISTENER_CHECKS = web.AppKey("listener_checks", ListenerChecks)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)

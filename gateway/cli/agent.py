@@ -17,6 +17,7 @@ __all__ = ["KEY_VARIABLE", "add", "add_engines", "checked_model", "checked_url"]
 EXAMPLES = """\
   POOLGATE_AGENT_KEY=dc1-provider-... poolgate agent --gateway https://gateway.example.com --model ~/llama
   poolgate agent --gateway http://127.0.0.1:8080 --key dc1-provider-... --engine-url http://127.0.0.1:8000
+  poolgate agent --gateway https://gateway.example.com --model ~/llama --advertise gpu-7.example.com:8443
 
 a key for it, made where the gateway's database is:
   poolgate account create --name rack-1 --provider

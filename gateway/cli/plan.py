@@ -21,6 +21,8 @@ from gateway.cli.probes import reachable_base_url, why_port_is_taken
 from gateway.cli.serve import check_price_book
 
 DEVELOPER_MODE = "POOLGATE_DEVELOPER_MODE"
+LOOPBACK = "127.0.0.0/8,::1/128"
+"""Where this command's own agent has its engines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Plan:
         return ["serve", *self._shared_arguments(), *listening]
 
     def agent_arguments(self, models: tuple[Path, ...]) -> list[str]:
-        arguments = ["agent", "--gateway", self.base_url, *self._shared_arguments()]
+        arguments = ["agent", "--gateway", self.base_url, "--reach", "direct", *self._shared_arguments()]
         for url in self.engine_urls:
             arguments += ["--engine-url", url]
         for folder in models:
@@ -117,7 +119,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         settings=replace(
             settings,
             data_dir=str(Path(settings.data_dir).expanduser().absolute()),
-            node_networks=with_networks(settings.node_networks, engine_urls),
+            node_networks=with_networks(
+                settings.node_networks if args.no_node else f"{settings.node_networks},{LOOPBACK}",
+                engine_urls,
+            ),
         ),
         config=config,
         base_url=reachable_base_url(settings.host, settings.port),

@@ -6,10 +6,13 @@ It is a help and never needed: where no count comes in time, the bound stands. W
 import logging
 from typing import Any
 
-import aiohttp
 import orjson
 
 from config.defaults import Settings
+from gateway.reach.ask import NoAnswer
+from gateway.reach.ask import ask as ask_engine
+from gateway.relay.upstream import ConnectFailed
+from gateway.relay.upstreams import Upstreams
 from gateway.turn import Ask
 from nodes.routing.snapshot import Engine
 
@@ -18,6 +21,9 @@ log = logging.getLogger("poolgate.turns")
 BODY_BYTES_MAX = 2**20
 """Longer requests are not counted: they exceed most contexts, and the engine's answer has each token's id, up to 8 MB."""
 
+ANSWER_BYTES_MAX = 2**24
+"""An id takes at most some eight bytes as text, and there is at most about one a byte."""
+
 PROMPTS_MAX = 16
 """Prompts of one request that are counted, each by a request of its own."""
 
@@ -25,24 +31,23 @@ CHAT_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_mes
 """What of a chat decides about its prompt; /tokenize knows these fields by the same names and defaults."""
 
 
-async def count_prompt(
-    http: aiohttp.ClientSession, settings: Settings, ask: Ask, engine: Engine
-) -> int | None:
+async def count_prompt(upstreams: Upstreams, settings: Settings, ask: Ask, engine: Engine) -> int | None:
     """Tokens of all prompts of `ask` as `engine` counts them; None if that can't be known within `tokenize_timeout_s`."""
     bodies = tokenize_bodies(ask) if ask.body_bytes <= BODY_BYTES_MAX else None
     if bodies is None:
         return None
-    timeout = aiohttp.ClientTimeout(total=settings.tokenize_timeout_s)
+    pool = upstreams.pool(engine)
     tokens = 0
     try:
-        for body in bodies:
-            async with http.post(
-                f"http://{engine.authority}/tokenize", data=orjson.dumps(body), timeout=timeout,
-                headers={"content-type": "application/json"}, allow_redirects=False,
-            ) as response:  # fmt: skip
-                response.raise_for_status()
-                tokens += _count(orjson.loads(await response.read()))
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        for number, body in enumerate(bodies):
+            request = pool.request("/tokenize", f"tokenize-{number}", orjson.dumps(body))
+            status, answer = await ask_engine(
+                pool, request, timeout_s=settings.tokenize_timeout_s, bytes_max=ANSWER_BYTES_MAX
+            )
+            if status != 200:
+                raise NoAnswer(f"the engine answered {status}")  # noqa: TRY301 - told below, like the others
+            tokens += _count(orjson.loads(answer))
+    except (NoAnswer, ConnectFailed, ValueError) as error:
         log.info(
             "%s counted no prompt: %s", engine.key, str(error) or type(error).__name__,
             extra={"action": "prompt_uncounted", "engine": engine.key},

@@ -11,11 +11,12 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
 from config.defaults import Settings
+from nodes.reach import Direct, Reach
 
 log = logging.getLogger("poolgate.relay")
 
@@ -319,12 +320,35 @@ def one_chunk(data: bytes) -> bytes | None:
     return data[start:-2]
 
 
+class Ways(Protocol):
+    """How connections to engines are opened (`gateway.reach.ways`)."""
+
+    async def open(self, reach: Reach, factory: Callable[[], asyncio.Protocol]) -> None:
+        """Connect the protocol that `factory` makes. Raises OSError."""
+        ...
+
+    def head_lines(self, reach: Reach) -> bytes:
+        """What each request's head has there beside what it has for any engine."""
+        ...
+
+
 class UpstreamPool:
     """Connections to one engine: the youngest idle one is used first, and those past `engine_idle_s` never again."""
 
-    def __init__(self, host: str, port: int, settings: Settings) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        settings: Settings,
+        *,
+        reach: Reach | None = None,
+        ways: Ways | None = None,
+    ) -> None:
+        """`reach`: the way to it, of which `ways` opens connections; without these, straight to host and port."""
         self.host = host
         self.port = port
+        self.reach = reach or Direct(host, port)
+        self._ways = ways
         self._settings = settings
         self._idle: deque[tuple[UpstreamConnection, float]] = deque()
         self._closed = False
@@ -353,7 +377,10 @@ class UpstreamPool:
         connection = UpstreamConnection(loop, self)
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                await loop.create_connection(lambda: connection, self.host, self.port)
+                if self._ways is None:
+                    await loop.create_connection(lambda: connection, self.host, self.port)
+                else:
+                    await self._ways.open(self.reach, lambda: connection)
         except TimeoutError as error:
             raise ConnectFailed("connecting to the engine took too long") from error
         except OSError as error:
@@ -364,11 +391,19 @@ class UpstreamPool:
         """One POST to the engine. Only these headers are sent: a client's own never reach an engine."""
         head = self._heads.get(path)
         if head is None:
-            host = f"[{self.host}]" if ":" in self.host else self.host
             head = self._heads[path] = (
-                f"POST {path} HTTP/1.1\r\nhost: {host}:{self.port}\r\ncontent-type: application/json\r\nx-request-id: "
-            ).encode("ascii")
+                self._head("POST", path) + b"content-type: application/json\r\nx-request-id: "
+            )
         return b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (head, request_id.encode(), len(body), body)
+
+    def bare(self, path: str) -> bytes:
+        """One GET to the engine."""
+        return self._head("GET", path) + b"\r\n"
+
+    def _head(self, method: str, path: str) -> bytes:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        more = self._ways.head_lines(self.reach) if self._ways is not None else b""
+        return f"{method} {path} HTTP/1.1\r\nhost: {host}:{self.port}\r\n".encode("ascii") + more
 
     def put(self, connection: UpstreamConnection) -> None:
         """Keep a clean connection for the next turn."""

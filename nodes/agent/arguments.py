@@ -13,7 +13,11 @@ KEY_VARIABLE = "POOLGATE_AGENT_KEY"
 DETAILS = """\
 Starts vLLM for each --model, watches it, restarts it when it dies, and reports it to the gateway, which
 then sends it turns. With --engine-url it reports vLLM servers that run already and starts none.
-It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped."""
+It needs no database. SIGTERM and Ctrl-C drain the engines (engine_drain_s) before they are stopped.
+
+Engines listen on this host alone. A gateway elsewhere reaches them through this agent: by the tunnel that
+it opens, which needs nothing but the way out to the gateway; or by its TLS listener at the address that
+--advertise names, once the gateway has found it there."""
 
 
 class BadArgument(ValueError):
@@ -31,6 +35,19 @@ def add_node(group: "argparse._ArgumentGroup") -> None:
         help="interpreter of the environment that has vLLM (default: this one, or what `make engine` built)",
     )  # fmt: skip
     add_engines(group)
+    group.add_argument(
+        "--reach", choices=("auto", "direct", "agent"), default="auto",
+        help="how the gateway gets to the engines: straight at their addresses (direct), or through this agent; "
+        "auto: direct if the gateway is on this host",
+    )  # fmt: skip
+    group.add_argument(
+        "--advertise", metavar="HOST:PORT", default="",
+        help="address at which the gateway reaches this agent's listener; without it, the tunnel serves",
+    )  # fmt: skip
+    group.add_argument(
+        "--listen", metavar="[HOST]:PORT", default="",
+        help="address that the listener listens on, if it is not every one with the port of --advertise",
+    )  # fmt: skip
 
 
 def add_engines(group: "argparse._ArgumentGroup") -> None:
@@ -49,10 +66,9 @@ def run(args: argparse.Namespace, settings: Settings, key: str, log: Callable[[S
     gateway = checked_url(args.gateway, "--gateway")
     engine_urls = [checked_url(url, "--engine-url") for url in args.engine_urls]
     models = [checked_model(folder) for folder in args.models]
+    reach = checked_reach(args, gateway)
     log(settings)
-    import asyncio  # here, as what follows: it loads an HTTP client
-
-    from nodes.agent.main import AgentOptions, run_agent
+    from nodes.agent.main import AgentOptions, run_to_end  # here: it loads an HTTP client
 
     options = AgentOptions(
         gateway=gateway,
@@ -61,15 +77,34 @@ def run(args: argparse.Namespace, settings: Settings, key: str, log: Callable[[S
         models=tuple(models),
         engine_urls=tuple(engine_urls),
         engine_python=args.engine_python,
+        reach=reach,
+        advertise=args.advertise,
+        listen=args.listen,
         settings=settings,
     )
-    return asyncio.run(run_agent(options))
+    return run_to_end(options)
 
 
 def key_of(args: argparse.Namespace) -> str:
     """Empty when none was given. Taken out of the environment: engines must not inherit it."""
     from_environment = os.environ.pop(KEY_VARIABLE, "")
     return args.key or from_environment
+
+
+def checked_reach(args: argparse.Namespace, gateway: str) -> str:
+    """`direct` or `agent`; BadArgument for addresses that are none."""
+    for option, text in (("--advertise", args.advertise), ("--listen", args.listen)):
+        host, _, port = text.rpartition(":")
+        if text and not (port.isdecimal() and 0 < int(port) < 65536 and (host or option == "--listen")):
+            raise BadArgument(f"{option} {text}: expected HOST:PORT")
+    if args.listen and not args.advertise:
+        raise BadArgument("--listen goes together with --advertise: nobody would know of the listener")
+    if args.reach == "direct" and args.advertise:
+        raise BadArgument("--advertise goes together with --reach agent")
+    if args.reach != "auto":
+        return str(args.reach)
+    is_here = urlsplit(gateway).hostname in ("127.0.0.1", "::1", "localhost")
+    return "direct" if is_here and not args.advertise else "agent"
 
 
 def checked_url(url: str, option: str) -> str:

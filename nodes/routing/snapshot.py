@@ -13,12 +13,17 @@ from types import MappingProxyType
 from typing import Any
 
 from nodes.breaker import Breaker
+from nodes.reach import Direct, Reach
 
 TOKENS_PER_WAITING_TURN = 256
 """What a turn waiting inside an engine counts for, when we don't know its size: a common answer's length."""
 
 UNTOLD = 2**62
 """Tokens of context that an engine counts as having if it does not tell how many."""
+
+
+STRAIGHT = Direct("", 0)
+"""Stands for the way straight to an engine's host and port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,11 @@ class Engine:
     load: Load = field(default_factory=Load)
     absent: "list[Group]" = field(default_factory=list)
     """Groups of the newest snapshot that took it out of `fit`."""
+    reach: Reach = STRAIGHT
+
+    def __post_init__(self) -> None:
+        if self.reach is STRAIGHT:
+            self.reach = Direct(self.host, self.port)
 
     def began(self, tokens: int) -> None:
         """A turn of that size goes there now; `ended` follows, whatever becomes of it."""
@@ -101,12 +111,6 @@ class Engine:
         for group in self.absent:
             group.put_back(self)
         self.absent.clear()
-
-    @property
-    def authority(self) -> str:
-        """`host:port` as in a URL: an IPv6 address stands in brackets."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
 
     def __repr__(self) -> str:
         state = "open" if self.breaker.is_open else "closed"

@@ -3,7 +3,6 @@
 It is the real agent: heartbeats, health checks, restarts. Only the command that starts an engine is another one.
 """
 
-import asyncio
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from bench.processes import ROOT, environment
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import Child, spawn_python
-from nodes.agent.main import AgentOptions, run_agent
+from nodes.agent.main import AgentOptions, run_to_end
 
 STOP_S = 30.0
 
@@ -34,6 +33,8 @@ def agent_process(
     model: str,
     knobs: dict[str, Any],
     flags: tuple[str, ...] = (),
+    reach: str = "direct",
+    advertise: str = "",
 ) -> Iterator[Child]:
     """An agent with one engine of `model`, which has these knobs and flags; its data folder is `folder`."""
     model_folder = folder / model
@@ -45,7 +46,7 @@ def agent_process(
     )  # fmt: skip
     given = {
         "gateway": gateway, "key": key, "data_dir": str(folder / "data"), "model": str(model_folder),
-        "command": command,
+        "command": command, "reach": reach, "advertise": advertise,
     }  # fmt: skip
     with (folder / "agent.log").open("ab") as output:
         process = spawn_python(
@@ -85,9 +86,9 @@ def main() -> None:
     setup_logs(settings, "agent")
     options = AgentOptions(
         gateway=given["gateway"], key=given["key"], data_dir=Path(given["data_dir"]), models=(Path(given["model"]),),
-        engine_command=tuple(given["command"]), settings=settings,
+        engine_command=tuple(given["command"]), settings=settings, reach=given["reach"], advertise=given["advertise"],
     )  # fmt: skip
-    sys.exit(asyncio.run(run_agent(options)))
+    sys.exit(run_to_end(options))
 
 
 if __name__ == "__main__":

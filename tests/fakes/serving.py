@@ -61,6 +61,7 @@ class Serving:
         self.log = folder / f"serve-{self.port}.log"
         self._folder = folder
         given = {"change_poll_s": 0.5, "usage_flush_s": 0.05, "heartbeat_grace_s": 600, "log_format": "json"}
+        given |= {"node_networks": "127.0.0.0/8,::1/128"}
         named = {f"POOLGATE_{name.upper()}": str(value) for name, value in (given | settings).items()}
         urls = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "POOLGATE_KEY_PEPPER": PEPPER}
         self._environment = clean_environment() | named | urls | {"POOLGATE_DATA_DIR": str(folder / "data")}

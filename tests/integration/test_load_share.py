@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 from config.defaults import Settings
 from config.valkey import open_valkey
 from nodes import load
-from nodes.heartbeats import AllowedNetworks, EngineRow
+from nodes.heartbeats import EngineRow
 from nodes.load import IN_FLIGHT, REPORTED, LoadShare
+from nodes.networks import AllowedNetworks
 from nodes.registry import Registry
 from nodes.routing.snapshot import Engine
 from tests.fakes.stores import frozen, kill

@@ -28,7 +28,7 @@ CONTRACT = {
 }  # fmt: skip
 OURS = {
     "node_id": str, "epoch": int, "lease_s": float, "heartbeat_interval_s": float, "state": str, "preferences": dict,
-    "wanted": str, "commands": list,
+    "wanted": str, "commands": list, "reach": dict,
 }  # fmt: skip
 
 
@@ -230,12 +230,49 @@ async def test_a_node_of_another_provider_can_not_be_taken_over(gw, node, engine
     assert await chat_status(gw) == 200
 
 
-async def test_two_providers_may_name_their_engines_alike(gw, node, engine):
+async def test_two_providers_may_name_their_engines_alike(gw, node, engines):
     other = await provider(gw, "other")
-    await node.says(engine.url)
-    await other.says(engine.url)
+    await node.says((await engines()).url)
+    await other.says((await engines()).url)
     await eventually(lambda: node.is_routed() and other.is_routed())
     assert len(gw.gateway.registry.snapshot.engines) == 2
+
+
+@pytest.mark.parametrize("spelling", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
+async def test_the_address_of_another_providers_engine_is_refused_however_it_is_spelled(
+    gw, node, engine, spelling
+):
+    await node.says(engine.url)
+    thief = await provider(gw, "thief")
+    status, body = await thief.send(thief.beat(f"http://{spelling}:{engine.port}"))
+    assert (status, body["error"]) == (400, "engines[].url: this address is another provider's engine.")
+    assert await gw.pool.fetchval("select count(*) from nodes") == 1
+    await gw.pool.execute("update nodes set state = 'offline'")
+    assert (await thief.send(thief.beat(engine.url)))[0] == 200
+
+
+async def test_an_engine_behind_its_agent_is_not_called_at_the_address_that_it_has_there(gw, node, engine):
+    reply = await node.says(engine.url, reach={"mode": "agent"})
+    assert reply["reach"]["way"] == "none"
+    assert len(reply["reach"]["token"]) == 64
+    await eventually(lambda: gw.gateway.registry.snapshot.nodes_online == 1)
+    assert not node.is_routed()
+    status, body = await node.send(node.beat("http://10.9.9.9:1", reach={"mode": "agent"}))
+    assert status == 200, body
+    body = node.beat(engine.url, reach={"mode": "agent"})
+    body["engines"][0]["engine_id"] = "e\r\nx-poolgate-token: y"
+    assert (await node.send(body))[0] == 400
+    assert (await node.says(engine.url))["reach"] == {"way": "direct", "problem": "", "token": ""}
+    await eventually(node.is_routed)
+
+
+@pytest.mark.parametrize(
+    "reach",
+    ["tunnel", 5, {"mode": "odd"}, {"mode": "agent", "advertise": "h:1"}, {"mode": "agent", "advertise": 5}],
+)
+async def test_a_way_that_is_none_is_a_400_that_says_where(node, reach):
+    status, body = await node.send(node.beat("http://127.0.0.1:9001", reach=reach))
+    assert (status, "reach" in body["error"]) == (400, True)
 
 
 # --- states reach routing --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import orjson
 import pytest
 from aiohttp import web
@@ -13,6 +12,9 @@ from aiohttp import web
 from bench.fake_engine.prompts import count_tokens
 from config.defaults import Settings
 from gateway.relay.tokenize import BODY_BYTES_MAX, PROMPTS_MAX, count_prompt, tokenize_bodies
+from gateway.relay.upstreams import Upstreams
+from nodes.breaker import Breaker
+from nodes.routing.snapshot import Engine
 from tests import captures_of
 from tests.fakes.engine import FakeEngine
 from tests.gateways import MODEL
@@ -31,24 +33,19 @@ class Asked:
     body_bytes: int = 100
 
 
-@dataclasses.dataclass
-class At:
-    authority: str
-    key: str = "node/e0"
-
-
 @pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
+async def upstreams(settings: Settings) -> AsyncIterator[Upstreams]:
+    made = Upstreams(settings)
+    yield made
+    made.close()
 
 
 def ask(path: str = "/v1/chat/completions", **body: Any) -> Any:
     return Asked({"model": MODEL} | body, path, len(orjson.dumps(body)))
 
 
-def at(engine: FakeEngine) -> Any:
-    return At(f"127.0.0.1:{engine.port}")
+def at(port: int) -> Engine:
+    return Engine("node/e0", "node", "e0", 1, "127.0.0.1", port, {}, Breaker(Settings()))
 
 
 @pytest.mark.parametrize(
@@ -67,11 +64,9 @@ def test_an_engine_is_asked_what_a_real_one_was(capture: str, asked: Any) -> Non
     assert json.loads(exchange.body)["count"] > 0
 
 
-async def test_the_count_is_the_engines(
-    engine: FakeEngine, http: aiohttp.ClientSession, settings: Settings
-) -> None:
+async def test_the_count_is_the_engines(engine: FakeEngine, upstreams: Upstreams, settings: Settings) -> None:
     async def counted(asked: Any) -> int | None:
-        return await count_prompt(http, settings, asked, at(engine))
+        return await count_prompt(upstreams, settings, asked, at(engine.port))
 
     assert await counted(ask("/v1/completions", prompt=["Hello world", "Bye"])) == count_tokens(
         b"Hello world", template=False
@@ -85,12 +80,12 @@ async def test_the_count_is_the_engines(
 
 
 async def test_an_engine_that_can_not_count_is_not_waited_for(
-    engine: FakeEngine, http: aiohttp.ClientSession, settings: Settings
+    engine: FakeEngine, upstreams: Upstreams, settings: Settings
 ) -> None:
     impatient = dataclasses.replace(settings, tokenize_timeout_s=0.05)
-    where = at(engine)
+    where = at(engine.port)
     await engine.kill()
-    assert await count_prompt(http, impatient, ask(messages=MESSAGES), where) is None
+    assert await count_prompt(upstreams, impatient, ask(messages=MESSAGES), where) is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +93,7 @@ async def test_an_engine_that_can_not_count_is_not_waited_for(
     [(404, "{}"), (200, "no JSON"), (200, "[]"), (200, '{"count":-1}'), (200, '{"count":true}')],
 )
 async def test_an_answer_without_a_count_counts_for_nothing(
-    http: aiohttp.ClientSession, settings: Settings, status: int, text: str
+    upstreams: Upstreams, settings: Settings, status: int, text: str
 ) -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(status=status, text=text)
@@ -110,8 +105,8 @@ async def test_an_answer_without_a_count_counts_for_nothing(
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        where: Any = At(f"127.0.0.1:{runner.addresses[0][1]}")
-        assert await count_prompt(http, settings, ask(messages=MESSAGES), where) is None
+        where = at(runner.addresses[0][1])
+        assert await count_prompt(upstreams, settings, ask(messages=MESSAGES), where) is None
     finally:
         await runner.cleanup()
 
@@ -131,10 +126,10 @@ def test_what_can_not_be_counted_so_is_not_asked(asked: Any) -> None:
 
 
 async def test_a_huge_request_is_not_sent_to_be_counted(
-    engine: FakeEngine, http: aiohttp.ClientSession, settings: Settings
+    engine: FakeEngine, upstreams: Upstreams, settings: Settings
 ) -> None:
     asked = ask("/v1/completions", prompt="x" * BODY_BYTES_MAX)
-    assert await count_prompt(http, settings, asked, at(engine)) is None
+    assert await count_prompt(upstreams, settings, asked, at(engine.port)) is None
 
 
 def test_what_shapes_a_chats_prompt_goes_along() -> None:

@@ -86,7 +86,7 @@ def _settings(stores: EmbeddedStores, folder: Path) -> Settings:
         key_pepper="pepper-of-the-simulation", change_poll_s=0.1, usage_flush_s=0.05, lease_report_s=0.2,
         lease_idle_s=1.0, hold_wait_s=1.0, database_timeout_s=1.0, valkey_retry_s=0.3, journal_segment_bytes=2**16,
         breaker_open_s=0.1, breaker_open_max_s=0.5, first_byte_timeout_s=2.0, chunk_timeout_s=1.0, answer_timeout_s=3.0,
-        load_share_s=0.1, shutdown_grace_s=10.0,
+        load_share_s=0.1, shutdown_grace_s=10.0, node_networks="127.0.0.0/8",
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ async def _in_database(
     settings = load_settings(
         environ={}, database_url=url, redis_url=stores.redis_url, data_dir=str(folder / "data"),
         key_pepper="pepper-of-the-soak", heartbeat_interval_s=0.5, heartbeat_grace_s=5.0,
-        breaker_open_s=0.1, engine_poll_s=0.2, engine_restart_s=0.1,
+        breaker_open_s=0.1, engine_poll_s=0.2, engine_restart_s=0.1, node_networks="127.0.0.0/8",
     )  # fmt: skip
     async with asyncio.timeout(case.bound_s), await open_pool(url, max_size=4, timeout_s=30.0) as pool:
         return await case.run(settings, pool, folder, case.short if is_short else case.long, tell)

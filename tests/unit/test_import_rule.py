@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "gateway": ("gateway", "nodes", "billing", "config"),
     "nodes": ("nodes", "config"),
-    # It ships alone to GPU hosts.
-    "nodes.agent": ("nodes.agent", "nodes.protocol", "nodes.control_messages", "config"),
+    # It ships alone to GPU hosts, and what of `nodes` it imports with it.
+    "nodes.agent": ("nodes.agent", "nodes.protocol", "nodes.control_messages", "nodes.tunnel", "config"),
+    "nodes.tunnel": ("nodes.tunnel", "config"),
     "billing": ("billing", "config"),
     "config": ("config",),
 }

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from config.defaults import Settings
-from nodes.heartbeats import AllowedNetworks, EngineRow, EngineUrlRefused
+from nodes.heartbeats import EngineRow
+from nodes.networks import AllowedNetworks, EngineUrlRefused
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine, Snapshot
@@ -191,5 +192,5 @@ def test_every_name_of_this_host_with_the_gateways_port_is_the_gateway(url):
 
 
 def test_engines_on_ipv6_loopback_may_be_called_where_it_is_listed():
-    found = AllowedNetworks(Settings().node_networks).address("http://[::1]:9001")
+    found = AllowedNetworks("::1/128").address("http://[::1]:9001")
     assert (found.host, found.port) == ("::1", 9001)

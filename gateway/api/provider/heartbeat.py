@@ -15,16 +15,29 @@ from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.provider.asking import node_of_account
 from gateway.api.routes import Routes
-from gateway.api.services import COMMANDS, KEYRING, LOAD, NETWORKS, NODES, PROVIDERS, REQUEST_LIMITS, SETTINGS
+from gateway.api.services import (
+    COMMANDS,
+    KEYRING,
+    LISTENER_CHECKS,
+    LOAD,
+    NETWORKS,
+    NODES,
+    PROVIDERS,
+    REACHING,
+    REQUEST_LIMITS,
+    SETTINGS,
+)
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Conflict, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
 from gateway.identity.providers import SCOPE
 from nodes.commands import Briefing
 from nodes.control_messages import Progress
-from nodes.heartbeats import EngineUrlRefused, NodeFenced, NodeOfAnother, TooManyNodes
-from nodes.protocol import AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
+from nodes.heartbeats import AddressOfAnother, NodeFenced, NodeOfAnother, TooManyNodes
+from nodes.networks import EngineUrlRefused
+from nodes.protocol import AGENT_VERSION, BadMessage, EngineReport, Heartbeat, HeartbeatReply, ReachReply
 from nodes.providers import UnknownProvider
+from nodes.reach import DIRECT, ENGINE_ID, NONE
 from nodes.versions import is_older
 
 log = logging.getLogger("poolgate.nodes")
@@ -36,7 +49,7 @@ HEARTBEAT_BYTES_MAX = 2**20
 
 
 class HeartbeatBody(BaseModel):
-    """The contract's heartbeat; `node_id`, `epoch`, `engines` and `load` are ours (nodes/protocol.py checks them)."""
+    """The contract's heartbeat; `node_id`, `epoch`, `engines`, `load`, `reach` are ours (nodes/protocol.py checks them)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,6 +70,9 @@ class HeartbeatBody(BaseModel):
     load: dict[str, dict[str, Any]] | None = None
     progress: list[dict[str, Any]] | None = Field(
         None, description="Of commands, where no websocket tells it"
+    )
+    reach: dict[str, str] | None = Field(
+        None, description="How its engines are reached: mode, advertise, fingerprint"
     )
 
 
@@ -81,6 +97,7 @@ class HeartbeatAnswer(BaseModel):
     heartbeat_interval_s: float
     state: str
     preferences: dict[str, Any]
+    reach: dict[str, str]
 
 
 @routes.post(
@@ -127,17 +144,16 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise Forbidden("This key's account is no provider.") from None
     if provider.approval_status != "approved":
         raise Forbidden("Provider not approved yet.")
-    networks = request.app[NETWORKS]
     progress = [Progress.from_json(report) for report in beat.progress]
     try:
-        for engine in beat.engines:
-            networks.address(engine.url)
         lease = await request.app[NODES].record(
-            principal.account_id, beat, beat.engines, credit_s=settings.heartbeat_grace_s,
+            principal.account_id, beat, _reachable_engines(request, beat), credit_s=settings.heartbeat_grace_s,
             nodes_max=settings.provider_nodes_max,
         )  # fmt: skip
     except EngineUrlRefused as error:
         raise BadRequest(f"engines[].url: {error}") from None
+    except AddressOfAnother:
+        raise BadRequest("engines[].url: this address is another provider's engine.") from None
     except NodeOfAnother:
         raise BadRequest(
             "node_id is not valid for this key; remove the agent's file `node_id` to get another one."
@@ -163,7 +179,32 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         heartbeat_interval_s=settings.heartbeat_interval_s,
         state=lease.state,
         preferences=provider.preferences.to_json(),
+        reach=await _reach(request, beat, principal),
     )
+
+
+def _reachable_engines(request: web.Request, beat: Heartbeat) -> list[EngineReport]:
+    """Each with its address in one spelling. Behind an agent it is of no concern here, but the engine's name stands in
+    headers. Raises EngineUrlRefused and BadRequest."""
+    if beat.reach.mode == "direct":
+        networks = request.app[NETWORKS]
+        return [replace(engine, url=networks.address(engine.url).url) for engine in beat.engines]
+    if not all(ENGINE_ID.fullmatch(engine.engine_id) for engine in beat.engines):
+        raise BadRequest(f"engines[].engine_id of a node behind its agent must match {ENGINE_ID.pattern}")
+    return list(beat.engines)
+
+
+async def _reach(request: web.Request, beat: Heartbeat, principal: Principal) -> ReachReply:
+    """What the agent is to know of the way to its node, and a check of its listener begun if one is due."""
+    if beat.reach.mode == "direct":
+        return ReachReply(way=DIRECT)
+    known = await request.app[REACHING].node(beat.node_id)
+    if known is None:  # deleted just now
+        return ReachReply(way=NONE)
+    checks = request.app[LISTENER_CHECKS]
+    checks.consider(beat.node_id, principal.account_id, beat.reach, known)
+    token = checks.token(principal.account_id, beat.node_id)
+    return ReachReply(way=known.way, problem=known.problem, token=token)
 
 
 def _versions(beat: Heartbeat, least: str) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""The tunnels that end in this worker: taken from agents, told to all workers, lent to turns, left without cutting any."""
+
+import asyncio
+import logging
+import uuid
+
+from aiohttp import web
+
+from config.defaults import Settings
+from config.ids import uuid7
+from config.postgres import AWAY
+from gateway.errors import Forbidden, Unavailable
+from nodes.reaching import ReachStore
+from nodes.tunnel.carrier import CLOSE_S, HEARTBEAT_S, carry
+from nodes.tunnel.frames import MESSAGE_BYTES_MAX
+from nodes.tunnel.streams import Stream, Tunnel, TunnelLost
+
+log = logging.getLogger("poolgate.tunnel")
+
+RETRY_AFTER_S = 1
+
+
+class Tunnels:
+    """By node. `worker` is where this worker takes hops, told to the others with each tunnel."""
+
+    def __init__(self, settings: Settings, store: ReachStore) -> None:
+        self.worker = ""
+        self._settings = settings
+        self._store = store
+        self._tunnels: dict[str, Tunnel] = {}  # the newest of each node
+        self._all: set[Tunnel] = set()  # those that agents are leaving among them
+        self._forgetting: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+
+    def __repr__(self) -> str:
+        return f"<Tunnels {len(self._all)} draining={self._is_draining}>"
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def has(self, node_id: str) -> bool:
+        """A tunnel of that node ends here, and takes new streams."""
+        tunnel = self._tunnels.get(node_id)
+        return tunnel is not None and not tunnel.is_draining
+
+    def open(self, node_id: str, engine_id: str, protocol: asyncio.Protocol) -> Stream:
+        """A stream to an engine of that node. Raises TunnelLost."""
+        tunnel = self._tunnels.get(node_id)
+        if tunnel is None:
+            raise TunnelLost("the node has no tunnel here")
+        return tunnel.open(engine_id, protocol)
+
+    async def serve(self, request: web.Request, account_id: int, node_id: str) -> web.StreamResponse:
+        """One agent's tunnel, to its end. Raises Forbidden, or Unavailable when another worker should have it."""
+        if self._is_draining or len(self._all) >= self._settings.tunnels_max:
+            raise Unavailable("This worker takes no more tunnels. Try again.", retry_after_s=RETRY_AFTER_S)
+        tunnel_id = uuid7()
+        try:
+            is_opened = await self._store.tunnel_opened(node_id, account_id, tunnel_id, self.worker)
+        except AWAY:
+            raise Unavailable(
+                "Tunnels can't be opened right now. Try again.", retry_after_s=RETRY_AFTER_S
+            ) from None
+        if not is_opened:
+            raise Forbidden("This key has no such node: a node has a tunnel after its first heartbeat.")
+        socket = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S, compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=CLOSE_S
+        )
+        try:
+            await socket.prepare(request)
+            await self._carry(socket, node_id)
+        finally:
+            task = asyncio.create_task(self._forget(tunnel_id))
+            self._forgetting.add(task)
+            task.add_done_callback(self._forgetting.discard)
+        return socket
+
+    async def _carry(self, socket: web.WebSocketResponse, node_id: str) -> None:
+        tunnel = Tunnel(
+            window=self._settings.tunnel_window_bytes, streams_max=self._settings.tunnel_streams_max,
+            drained=_end_if_left, idle=_end_if_left,
+        )  # fmt: skip
+        older = self._tunnels.get(node_id)
+        self._tunnels[node_id] = tunnel
+        self._all.add(tunnel)
+        if older is not None:
+            _leave(older)
+        if self._is_draining:
+            _leave(tunnel)
+        log.info("node %s opened a tunnel", node_id, extra={"action": "tunnel_opened", "node": node_id})
+        reason = "the worker ends"
+        try:
+            reason = await carry(tunnel, socket)
+        finally:
+            self._all.discard(tunnel)
+            if self._tunnels.get(node_id) is tunnel:
+                del self._tunnels[node_id]
+            log.info(
+                "the tunnel of node %s ended: %s", node_id, reason, extra={"action": "tunnel_ended", "node": node_id}
+            )  # fmt: skip
+
+    async def _forget(self, tunnel_id: uuid.UUID) -> None:
+        try:
+            await self._store.tunnel_closed(tunnel_id)
+        except AWAY:  # the row is replaced by the agent's next tunnel; who goes by it meanwhile finds nobody
+            log.debug("a tunnel's end is not written", extra={"action": "tunnel_not_forgotten"})
+
+    def drain(self) -> None:
+        """Take no more tunnels, and ask agents to open theirs elsewhere; those without a stream end at once."""
+        self._is_draining = True
+        for tunnel in list(self._all):
+            _leave(tunnel)
+
+    async def close(self) -> None:
+        """End all that are left."""
+        for tunnel in list(self._all):
+            tunnel.lost("the worker ended")
+        while self._forgetting:
+            await asyncio.wait(self._forgetting)
+
+
+def _leave(tunnel: Tunnel) -> None:
+    tunnel.drain()
+    _end_if_left(tunnel)
+
+
+def _end_if_left(tunnel: Tunnel) -> None:
+    """A tunnel that takes no new streams and has none left is over."""
+    if tunnel.is_draining and not len(tunnel):
+        tunnel.lost("the tunnel was left for another one")
