@@ -42,8 +42,9 @@ METHOD = f"""\
 The same engine, reached in four ways, each by gateway workers of their own: *straight*, as on one host; through the agent's
 *TLS listener* (TLS 1.3, AES-GCM by OpenSSL); through the *tunnel* that the agent opened, a websocket; through a tunnel
 that ends in another worker than the one that is asked (*tunnel and hop*; CPU is that of both workers). The agent is
-`poolgate agent`, a process of its own. The tunnel's websocket is plain here; to a gateway that has TLS it is encrypted, once for all that goes in one message. All of
-it is on loopback, so networks add nothing, and neither does their loss of packets, which all streams of a tunnel share.
+`poolgate agent`, a process of its own. The tunnel's websocket is plain here; to a gateway that has TLS it is encrypted,
+once for all that goes in one message. All of it is on loopback, so networks add nothing, and neither does their loss of
+packets, which all streams of a tunnel share.
 
 **Paced**: {STREAMS} streams of {CHUNKS} chunks, one every {PACE_MS:g} ms on average (±{JITTER:.0%} at random).
 **First byte**: streams of 16 tokens at {RATE:g} a second, counted from when a request was due; *added* is the
