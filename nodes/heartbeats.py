@@ -5,10 +5,10 @@ PostgreSQL's clock decides who is late. The picture that turns are routed by is 
 
 import ipaddress
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -68,6 +68,16 @@ class AllowedNetworks:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the operator knows of a node and its owner asks for it: routing goes by it (`nodes.routing.filters`)."""
+
+    region: str = ""
+    tier: int = 0
+    price_percent: int = 100
+    reputation: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRow:
     """One engine that may serve: ready, on a node that is online."""
 
@@ -77,11 +87,20 @@ class EngineRow:
     url: str
     restarts: int
     models: tuple[dict[str, Any], ...]
+    kv_tokens: int = 0
+    facts: NodeFacts = NodeFacts()
 
     @property
     def key(self) -> str:
         """Names the engine in the whole pool."""
         return f"{self.node_id}/{self.engine_id}"
+
+
+class CachedRow(NamedTuple):
+    """A model on the disk of a node that is online."""
+
+    model: str
+    node_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +133,26 @@ class NodeStore:
             )  # fmt: skip
         return NodeLease(lease["epoch"], lease["state"])
 
-    async def ready_engines(self) -> tuple[list[EngineRow], int]:
-        """Every engine that may serve, and the number of nodes online."""
+    async def pool(self) -> tuple[list[EngineRow], int, list[CachedRow]]:
+        """Every engine that may serve, the number of nodes online, and the models that these have on disk."""
         async with (
             self._pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             rows = await connection.fetch(READY)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
-        return [_engine_row(row) for row in rows], online
+            cached = await connection.fetch(CACHED)
+        return [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached]
+
+    async def overview(self, limit: int) -> list[dict[str, Any]]:
+        """Nodes for people, those that were heard of last first: state, hardware, models on disk, what routing goes by."""
+        rows = await self._pool.fetch(OVERVIEW, limit)
+        return [dict(row) | {"gpu_status": orjson.loads(row["gpu_status"])} for row in rows]
+
+    async def set_facts(self, node_id: str, facts: Mapping[str, Any]) -> bool:
+        """Change some of what routing goes by (`NodeFacts`); False for an unknown node."""
+        values = [facts.get(name) for name in ("region", "tier", "price_percent", "reputation")]
+        return bool(await self._pool.fetchval(SET_FACTS, uuid.UUID(node_id), *values))
 
     async def expire(self, before: datetime) -> list[str]:
         """Nodes that were last heard of before that, by PostgreSQL's clock, go offline; their ids.
@@ -159,10 +189,29 @@ on conflict (node_id, engine_id) do update set
 """
 
 READY = """
-select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models
+select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models, e.kv_tokens,
+    n.region, n.tier, n.price_percent, n.reputation
 from nodes n join engines e on e.node_id = n.id
 where n.state = 'online' and e.state = 'ready'
 order by n.id, e.engine_id
+"""
+
+CACHED = """
+select model, id::text from nodes, unnest(cached_models) as model
+where state = 'online' order by model, id
+"""
+
+OVERVIEW = """
+select id::text as node_id, account_id, hostname, state, epoch, agent_version, cached_models, gpu_status,
+    extract(epoch from clock_timestamp() - last_heartbeat_at)::float8 as heartbeat_age_s,
+    region, tier::int, price_percent, reputation::float8
+from nodes order by last_heartbeat_at desc nulls last, id limit $1
+"""
+
+SET_FACTS = """
+update nodes set region = coalesce($2, region), tier = coalesce($3, tier),
+    price_percent = coalesce($4, price_percent), reputation = coalesce($5, reputation)
+where id = $1 returning true
 """
 
 EXPIRE = """
@@ -202,4 +251,6 @@ def _engine_row(row: asyncpg.Record) -> EngineRow:
         url=row["url"],
         restarts=row["restarts"],
         models=tuple(orjson.loads(row["models"])),
+        kv_tokens=row["kv_tokens"],
+        facts=NodeFacts(row["region"], row["tier"], row["price_percent"], row["reputation"]),
     )
