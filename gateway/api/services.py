@@ -12,9 +12,11 @@ from gateway.idempotent import KeyedTurns
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keyring import KeyRing
 from gateway.lifecycle import Lifecycle
+from gateway.placement import Placement
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
+from nodes.wishes import WishStore
 
 SETTINGS = web.AppKey("settings", Settings)
 KEYRING = web.AppKey("keyring", KeyRing)
@@ -24,6 +26,8 @@ LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REGISTRY = web.AppKey("registry", Registry)
 NODES = web.AppKey("nodes", NodeStore)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
+PLACEMENT = web.AppKey("placement", Placement)
+WISHES = web.AppKey("wishes", WishStore)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)

@@ -15,7 +15,7 @@ from config.postgres import AWAY
 from gateway.api.credentials import presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
-from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS
+from gateway.api.services import ACCOUNTS, KEYRING, LOAD, NETWORKS, NODES, SETTINGS, WISHES
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Forbidden, Unavailable
 from gateway.identity.keyring import Principal
@@ -114,10 +114,12 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise BadRequest("node_id is in use; remove the agent's file `node_id` to get another one.") from None
     loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
     await request.app[LOAD].report(loads)
+    model = await request.app[WISHES].of_node(beat.node_id)
     settings = request.app[SETTINGS]
     return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         approval_status=account.approval_status,
+        preload_model=None if model is None else {"model_name": model, "status": "downloading"},
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
