@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from billing.holds import BYTES_PER_TOKEN, USUAL_OUTPUT_TOKENS
 from billing.money import to_minor_up
 from config.defaults import Settings
 from gateway.errors import NoNodeAvailable
+from gateway.placement import EveryEngineFull, Placement, is_full
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens, plain_tokens
 from gateway.relay.exchange import Delivery, stream, whole
@@ -38,15 +38,12 @@ from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPo
 from gateway.relay.upstreams import Upstreams
 from gateway.turn import Turn
 from nodes.registry import Registry
-from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine
 
 log = logging.getLogger("poolgate.turns")
 
 OUTPUT_TOKENS_GUESS_MAX = 1024
 """What answers with a large token limit count for as load: few are longer."""
-
-NO_NODE_RETRY_AFTER_S = 5
 
 
 class Dispatcher:
@@ -61,17 +58,18 @@ class Dispatcher:
         settings: Settings,
         *,
         registry: Registry,
+        placement: Placement,
         pepper: bytes,
         settle: Callable[[Turn], None],
         covers: Callable[[Turn, Tokens], int],
     ) -> None:
         self._settings = settings
         self._registry = registry
+        self._placement = placement
         self._pepper = pepper
         self._settle = settle
         self._covers = covers
         self._salts: dict[int, str] = {}
-        self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
         self.upstreams = Upstreams(settings)
         self.flights: set[Flight] = set()
         self.answer_bytes_max = settings.answer_bytes_max
@@ -92,7 +90,12 @@ class Dispatcher:
             tried.append(failed.engine)
             faults.append(failed.error)
         while not faults or self._may_go_on(turn, tried, faults[-1]):
-            engine = self._choose(turn, tokens, tried, faults)
+            try:
+                engine = self._choose(turn, tokens, tried, faults)
+            except EveryEngineFull:
+                self._judge(tried, faults, is_answered=False)
+                tried, faults = [], []
+                engine = await self._placement.wait(turn, tokens, down)
             tried.append(engine)
             turn.engine = engine
             engine.began(tokens)
@@ -109,7 +112,8 @@ class Dispatcher:
         raise faults[-1].error
 
     def _may_go_on(self, turn: Turn, tried: list[Engine], last: EngineFault) -> bool:
-        return not turn.is_begun and last.may_retry and len(tried) < self._settings.dispatch_attempts_max
+        may_try = len(tried) < self._settings.dispatch_attempts_max or is_full(last)
+        return not turn.is_begun and last.may_retry and may_try
 
     def _fail(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
         self._note(turn, engine, fault)
@@ -121,13 +125,16 @@ class Dispatcher:
         """Ask for a whole answer on an idle connection, moved along by that connection's callbacks. `landed` is called once,
         when the answer went out or with the flight's `error` set, from where `dispatch` goes on.
 
-        None: this turn takes a task. Raises NoNodeAvailable.
+        None: this turn takes a task, in which it may wait for an engine. Raises NoNodeAvailable.
         """
         if turn.ask.tap is not None:
             return None
         turn.sent = self._engine_body(turn)
         tokens = _load_tokens(turn)
-        engine = self._choose(turn, tokens, [], [])
+        try:
+            engine = self._choose(turn, tokens, [], [])
+        except EveryEngineFull:
+            return None
         pool = self.upstreams.pool(engine)
         connection = pool.idle()
         if connection is None:
@@ -159,22 +166,15 @@ class Dispatcher:
         )  # fmt: skip
 
     def _choose(self, turn: Turn, tokens: int, tried: list[Engine], faults: list[EngineFault]) -> Engine:
-        ask, settings = turn.ask, self._settings
-        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
-        snapshot = self._registry.snapshot
         try:
-            return choose(
-                snapshot,
-                need,
-                sample=settings.choice_sample,
-                turns_max=settings.engine_turns_max,
-                rng=self._rng,
-            )
-        except NoEngine as error:
-            if faults:
-                self._judge(tried, faults, is_answered=False)
-                raise faults[-1].error from faults[-1]
-            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
+            return self._placement.choose(turn, tokens, tried, faults[-1] if faults else None)
+        except EveryEngineFull:
+            raise
+        except NoNodeAvailable:
+            if not faults:
+                raise
+            self._judge(tried, faults, is_answered=False)
+            raise faults[-1].error from faults[-1]
 
     def _engine_body(self, turn: Turn) -> bytes:
         """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""

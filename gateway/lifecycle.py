@@ -17,6 +17,7 @@ from gateway.admission import Admission
 from gateway.dispatch import Dispatcher, Flight
 from gateway.errors import ApiError, Unavailable, error_event
 from gateway.identity.keyring import Principal
+from gateway.placement import Placement
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens
 from gateway.relay.upstreams import Upstreams
@@ -43,13 +44,19 @@ class Lifecycle:
         *,
         registry: Registry,
         admission: Admission,
+        placement: Placement,
         pepper: bytes,
         record: Callable[[UsageRecord], None],
     ) -> None:
         self._admission = admission
         self._record = record
         self._dispatcher = Dispatcher(
-            settings, registry=registry, pepper=pepper, settle=self._settle, covers=self._covers
+            settings,
+            registry=registry,
+            placement=placement,
+            pepper=pepper,
+            settle=self._settle,
+            covers=self._covers,
         )
         self._running: set[asyncio.Task[Any]] = set()
         self._cut: set[asyncio.Task[Any]] = set()
