@@ -23,6 +23,7 @@ from gateway.cli import (
     serve,
     statement,
     tier,
+    top,
     up,
     usage,
     version,
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         statement,
         audit,
         recover,
+        top,
         doctor,
         version,
     ):

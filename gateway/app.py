@@ -24,6 +24,7 @@ from gateway import VERSION
 from gateway.accepting import Acceptor
 from gateway.admission import Admission
 from gateway.api import services
+from gateway.api.admin import routing
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
@@ -45,14 +46,18 @@ from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
 from gateway.lifecycle import Lifecycle
 from gateway.money import Money
+from gateway.placement import Placement
 from gateway.records import TurnRecords
 from gateway.relay.tokenize import count_prompt
 from gateway.relay.tokens import count_tokens
+from gateway.starting import ModelStarts
 from gateway.tls import TlsFiles
+from gateway.waiting.sharing import QueueShare
 from nodes.heartbeats import AllowedNetworks, NodeStore
 from nodes.load import LoadShare
 from nodes.registry import Registry
 from nodes.routing.snapshot import Engine
+from nodes.wishes import WishStore
 
 log = logging.getLogger("poolgate.gateway")
 
@@ -63,6 +68,7 @@ ROUTES: tuple[RouteSet, ...] = (
     complete.routes,
     models.routes,
     heartbeat.routes,
+    routing.routes,
     health.routes,
 )
 
@@ -129,15 +135,25 @@ class Gateway:
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
             pepper=pepper,
         )  # fmt: skip
+        self.placement = Placement(settings, registry=self.registry, metrics=self.metrics)
+        self._queue_share = QueueShare(self._valkey, self.placement.queue, settings, worker)
+        wishes = WishStore(self._pool)
+        starts = ModelStarts(settings, registry=self.registry, wish=wishes.wish, metrics=self.metrics)
+
         journal = self.money.journal
         self._records = TurnRecords(self.metrics, journal.append)
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
             leases=self.money.leases, is_full=lambda: journal.is_full,
-            count_prompt=partial(count_prompt, self._http, settings),
+            count_prompt=partial(count_prompt, self._http, settings), starts=starts,
         )  # fmt: skip
         self.lifecycle = Lifecycle(
-            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add
+            settings,
+            registry=self.registry,
+            admission=admission,
+            placement=self.placement,
+            pepper=pepper,
+            record=self._records.add,
         )
         self.keyed_turns = KeyedTurns(
             self.money.claims, self.lifecycle.run, settings, self.money.incarnation.id
@@ -148,7 +164,7 @@ class Gateway:
             usage_pending=lambda: journal.pending, is_full=lambda: journal.is_full,
         )  # fmt: skip
 
-        app = self._application(keyring, nodes, networks, prices)
+        app = self._application(keyring, nodes, networks, prices, wishes)
         await self.health.check()
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
@@ -160,6 +176,8 @@ class Gateway:
             self.registry.run(nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
+            self.placement.queue.run(),
+            self._queue_share.run(),
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),
@@ -174,7 +192,12 @@ class Gateway:
             await self.acceptor.start()
 
     def _application(
-        self, keyring: KeyRing, nodes: NodeStore, networks: AllowedNetworks, prices: PriceBook
+        self,
+        keyring: KeyRing,
+        nodes: NodeStore,
+        networks: AllowedNetworks,
+        prices: PriceBook,
+        wishes: WishStore,
     ) -> web.Application:
         """The routes, and under typed keys what their handlers need."""
         settings = self.settings
@@ -188,6 +211,8 @@ class Gateway:
         app[services.NODES] = nodes
         app[services.NETWORKS] = networks
         app[services.LOAD] = self._load
+        app[services.WISHES] = wishes
+        app[services.PLACEMENT] = self.placement
         app[services.PRICES] = prices
         app[services.HEALTH] = self.health
         app[services.METRICS] = self.metrics
@@ -297,6 +322,7 @@ class Gateway:
         self._records.flush()
         await self.money.close()
         await self._load.leave()
+        await self._queue_share.leave()
         self.lifecycle.upstreams.close()
         await self._http.close()
         await self._valkey.aclose()
