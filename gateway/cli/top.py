@@ -6,6 +6,7 @@ What it shows comes from a running gateway, by its admin route and its metrics; 
 import argparse
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(now.pool | {"rates": now.rates(before)})
         else:
-            Console(highlight=False).print(picture(now, before))
+            # A pipe has no width: what was cut off would be worse than a long line.
+            width = None if sys.stdout.isatty() else 1000
+            Console(highlight=False, width=width).print(picture(now, before))
         return 0
     with Live(
         picture(before, before), screen=True, auto_refresh=False, console=Console(highlight=False)
