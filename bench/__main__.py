@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import chunk, latency, memory, money, profile, reach, request, routing
+from bench import chunk, heartbeats, latency, memory, money, prefix, profile, reach, request, routing
 from bench.peers import PEERS, PINS, versions
 from bench.processes import ROOT
 from bench.question import Finding, find
@@ -14,8 +14,8 @@ from bench.report import pictures, results
 from bench.rounds import tell
 
 QUESTIONS = (
-    request.QUESTION, chunk.QUESTION, latency.QUESTION, memory.QUESTION, routing.QUESTION, reach.QUESTION,
-    profile.QUESTION, money.QUESTION,
+    request.QUESTION, chunk.QUESTION, latency.QUESTION, memory.QUESTION, routing.QUESTION, prefix.QUESTION,
+    reach.QUESTION, heartbeats.QUESTION, profile.QUESTION, money.QUESTION,
 )  # fmt: skip
 FOLDER = ROOT / "bench"
 

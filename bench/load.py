@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, cycle
-from random import randrange
+from random import Random, randrange
 from time import perf_counter  # uvloop tells whole milliseconds
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -148,14 +148,17 @@ class Client(asyncio.Protocol):
 @dataclass(frozen=True, slots=True)
 class Job:
     """A load. With `rate` requests start at even times whatever becomes of the earlier ones, else each connection sends
-    its next one when it has its answer. `keys`: one request each, in turn, instead of all by `key`. `events`: chunks that
-    a whole stream must have. `stamped`: chunks carry stamps (`bench.stamps`). A body may be numbered (`bench.bodies`)."""
+    its next one when it has its answer. `keys`: one request each, in turn, instead of all by `key`. `bodies`: one of them
+    each (at random by `seed`, in turn without one) instead of `body`. `events`: chunks that a whole stream must have.
+    `stamped`: chunks carry stamps (`bench.stamps`). A body may be numbered (`bench.bodies`)."""
 
     url: str
     path: str = "/v1/chat/completions"
     key: str = ""
     keys: Sequence[str] = ()
     body: dict[str, Any] = field(default_factory=dict)
+    bodies: Sequence[dict[str, Any]] = ()
+    seed: int = 0
     connections: int = 1
     requests: int = 1
     rate: float = 0.0
@@ -197,6 +200,12 @@ def request_bytes(job: Job) -> bytes:
 
 def requests_of(job: Job) -> Iterator[bytes]:
     """One after the other, without end."""
+    if job.bodies:
+        each = [requests_of(replace(job, body=body, bodies=())) for body in job.bodies]
+        if not job.seed:
+            return map(next, cycle(each))
+        rng = Random(job.seed)
+        return (next(each[rng.randrange(len(each))]) for _ in count())
     mark = b"-the-key-"
     before, after = request_bytes(replace(job, key=mark.decode())).split(mark)
     keys = cycle(key.encode() for key in job.keys or (job.key,))

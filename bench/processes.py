@@ -62,10 +62,14 @@ class Served:
                 continue
         return found
 
-    async def register(self, url: str, *, nodes: int = 1, context_length: int = 2048) -> None:
+    async def register(
+        self, url: str, *, nodes: int = 1, context_length: int = 2048, kv_tokens: int = 0, block_size: int = 0
+    ) -> None:
         """Make the engine at `url` known on `nodes` nodes of its own, as agents would; returns when turns go there."""
         info = ModelInfo(id=MODEL, context_length=context_length)
-        engine = EngineReport(engine_id="e0", url=url, state="ready", models=(info,))
+        engine = EngineReport(
+            engine_id="e0", url=url, state="ready", models=(info,), kv_tokens=kv_tokens, block_size=block_size
+        )
         store = NodeStore(self.pool)
         for _ in range(nodes):
             beat = Heartbeat(api_key="-", node_id=str(uuid.uuid4()), engines=(engine,))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bench import chunk, latency, memory, request, routing
+from bench import chunk, latency, memory, prefix, request, routing
 from bench.arms import OURS
 from bench.question import Finding
 from bench.samples import Spread
@@ -16,7 +16,8 @@ ROUNDS_ASKED = 5
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The median of a measure of poolgate's, or of its ratio to an arm's within a round, is at most `at_most`."""
+    """The median of a measure of poolgate's, or of its ratio to an arm's within a round, is at most `at_most`; with
+    `is_least`, at least that."""
 
     question: str
     measure: str
@@ -24,11 +25,17 @@ class Target:
     at_most: float
     against: str | None = None
     unit: str = ""
+    is_least: bool = False
 
     @property
     def words(self) -> str:
         what = f"{self.measure}, {self.case}"
-        return f"{what}: ≤ {self.bound} × {self.against}" if self.against else f"{what}: ≤ {self.bound}"
+        sign = "≥" if self.is_least else "≤"
+        return (
+            f"{what}: {sign} {self.bound} × {self.against}"
+            if self.against
+            else f"{what}: {sign} {self.bound}"
+        )
 
     @property
     def bound(self) -> str:
@@ -48,7 +55,8 @@ class Target:
     def verdict(self, spread: Spread | None) -> Verdict:
         if spread is None:
             return "not measured"
-        return "met" if spread.median <= self.at_most else "not met"
+        is_met = spread.median >= self.at_most if self.is_least else spread.median <= self.at_most
+        return "met" if is_met else "not met"
 
     def shown(self, spread: Spread | None) -> str:
         """The number as it is compared: a small ratio as a fraction."""
@@ -74,4 +82,15 @@ TARGETS: tuple[Target, ...] = (
     Target("memory", memory.KB, "8,000 streams", 15.0, unit="KB"),
     Target("memory", memory.LOST, "8,000 streams", 0.0),
     *(Target("routing", routing.TIMES, case, 2.0) for case in routing.POOLS if case.startswith("10,000")),
+    Target("prefix", prefix.GAIN, prefix.REAL, 1.6, is_least=True),
+    Target("prefix", prefix.GAIN, prefix.STAND_INS, 2.2, is_least=True),
+    *(
+        target
+        for case in (prefix.STAND_INS, prefix.REAL)
+        for target in (
+            Target("prefix", prefix.AGAINST_PEER, case, 1.0, is_least=True),
+            Target("prefix", prefix.BUSIEST, case, 1.3),
+        )
+    ),
+    Target("prefix", prefix.AGAINST_TWO, prefix.COLD, 1.0),
 )

@@ -560,6 +560,98 @@ class Settings:
         high=64,
         unit="engines",
     )
+    routing_policy: str = knob(
+        "prefix",
+        "`prefix`: long prompts go where their beginning is cached, unless that is busier; `load`: by load alone",
+        choices=("prefix", "load"),
+    )
+    routing_load_weight: float = knob(
+        0.25,
+        "tokens of uncached prompt that a token in flight weighs: a batch works at many turns at once, a prefill at one",
+        low=0,
+        high=100,
+    )
+    routing_share_max: float = knob(
+        1.2,
+        "an engine with more than this times its group's mean share of late turns is sent no more for its cache's sake",
+        low=1,
+        high=1000,
+    )
+    routing_region_tokens: int = knob(
+        2048,
+        "uncached tokens that a node outside the region asked for counts as having more",
+        low=0,
+        high=10_000_000,
+        unit="tokens",
+    )
+    routing_reputation_tokens: int = knob(
+        0,
+        "uncached tokens that a node of reputation 0 counts as having more than one of 1; 0: reputation is not looked at",
+        low=0,
+        high=10_000_000,
+        unit="tokens",
+    )
+    prefix_entries_max: int = knob(
+        500_000,
+        "beginnings of prompts that a worker remembers over all engines (about 300 bytes each)",
+        low=16,
+        high=100_000_000,
+        unit="entries",
+    )
+    routing_sessions_max: int = knob(
+        100_000,
+        "sessions (header x-poolgate-session) whose engine a worker remembers",
+        low=1,
+        high=10_000_000,
+        unit="sessions",
+    )
+    engine_waiting_max: int = knob(
+        16,
+        "an engine that reports more turns waiting inside it is full: here they wait in fair order, there first come",
+        low=0,
+        high=1_000_000,
+        unit="turns",
+    )
+    model_start_wait_s: float = knob(
+        55.0,
+        "how long turns wait for a model that is started for them: below the minute after which balancers cut silence",
+        low=0,
+        high=3600,
+        unit="seconds",
+    )
+    model_start_waiting_max: int = knob(
+        256, "turns of one worker that wait for models to start", low=0, high=1_000_000, unit="turns"
+    )
+
+    # --- queue ---------------------------------------------------------------------------------------------------
+    queue_turns_max: int = knob(
+        1024,
+        "turns that wait while every engine is full, over all workers; past it whoever waits with most is refused: 503",
+        low=0,
+        high=1_000_000,
+        unit="turns",
+    )
+    queue_wait_s: float = knob(
+        60.0,
+        "a turn waits this long at most, then it gets 503: clients' own time-outs are about that",
+        low=0.01,
+        high=3600,
+        unit="seconds",
+    )
+    queue_quantum_tokens: int = knob(
+        512,
+        "tokens that each account in the queue gets a round: about one turn's, so that nobody gets many at once",
+        low=1,
+        high=1_000_000,
+        unit="tokens",
+    )
+    queue_retry_s: float = knob(
+        0.25,
+        "an engine that said it is full is asked again after this, if none of our turns ended there meanwhile",
+        low=0.01,
+        high=60,
+        unit="seconds",
+    )
 
     # --- providers --------------------------------------------------------------------------------------------
     provider_approval: str = knob(

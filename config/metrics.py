@@ -163,6 +163,27 @@ class Metrics:
             ["kind", "direction"],
             registry=into,
         )
+        self.queue_waiting = Gauge(
+            "poolgate_queue_waiting",
+            "Turns that wait because every engine is full",
+            multiprocess_mode="livesum",
+            registry=into,
+        )
+        self.queue_turns = Counter(
+            "poolgate_queue_turns",
+            "Turns that had to wait, by what became of them (served, expired, refused, left)",
+            ["result"],
+            registry=into,
+        )
+        self.queue_wait = Histogram(
+            "poolgate_queue_wait_seconds", "How long they waited", buckets=SECONDS, registry=into
+        )
+        self.model_starts = Counter(
+            "poolgate_model_starts",
+            "Turns that waited for a model to be loaded, by what became of them (served, expired, refused, left)",
+            ["result"],
+            registry=into,
+        )
         self.nodes_online = Gauge(
             "poolgate_nodes_online", "Nodes online", multiprocess_mode="livemax", registry=into
         )

@@ -24,6 +24,7 @@ from gateway.cli import (
     serve,
     statement,
     tier,
+    top,
     up,
     usage,
     version,
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         statement,
         audit,
         recover,
+        top,
         doctor,
         version,
     ):

@@ -26,7 +26,6 @@ from config.clock import Clock
 from config.defaults import Settings
 from config.ids import uuid_of
 from gateway import errors
-from gateway.dispatch import NO_NODE_RETRY_AFTER_S
 from gateway.errors import (
     ApiError,
     BadRequest,
@@ -37,6 +36,8 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.identity.keyring import Principal
+from gateway.placement import NO_NODE_RETRY_AFTER_S
+from gateway.starting import ModelNotLoaded, ModelStarts
 from gateway.turn import Ask, Turn
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
@@ -83,6 +84,7 @@ class Admission:
         leases: SpendLeases,
         is_full: Callable[[], bool],
         count_prompt: CountPrompt,
+        starts: ModelStarts,
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -92,12 +94,16 @@ class Admission:
         self._leases = leases
         self._is_full = is_full
         self._count_prompt = count_prompt
+        self._starts = starts
         self._counting = 0
         self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
 
     def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
         """The turn, if memory alone can tell that it may begin; None: `admit` may find a way. Raises ApiError."""
-        group = self._group(ask, principal)
+        try:
+            group = self._group(ask, principal)
+        except ModelNotLoaded:
+            return None
         now = self._clock.now()
         price = self._prices.price(ask.body["model"], now)
         bound = self._bound(ask, group, price)
@@ -113,7 +119,11 @@ class Admission:
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
-        group = self._group(ask, principal)
+        try:
+            group = self._group(ask, principal)
+        except ModelNotLoaded:
+            await self._starts.wait(ask.body["model"])
+            group = self._group(ask, principal)
         now = self._clock.now()
         price = self._prices.price(ask.body["model"], now)
         funding = Funding(price, self._bound(ask, group, price), ask.price_percent)
@@ -131,8 +141,8 @@ class Admission:
         return _turn(ask, principal, request_id, price, funding.bound, hold, quota, now, told)
 
     def _group(self, ask: Ask, principal: Principal) -> Group:
-        """The engines that may serve it. Raises ModelNotFound, NoNodeAvailable for a model that is only priced, and
-        Unavailable while no more turns can be journaled."""
+        """The engines that may serve it. Raises ModelNotFound, NoNodeAvailable for a model that is only priced,
+        ModelNotLoaded if a node has it on disk, and Unavailable while no more turns can be journaled."""
         model = ask.body["model"]
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
@@ -146,6 +156,8 @@ class Admission:
             raise ModelNotFound(f"The model can't be used with {ask.route}.", param="model")
         if model not in self._prices.models():
             raise ModelNotFound(param="model")
+        if self._starts.can_start(model):
+            raise ModelNotLoaded(retry_after_s=NO_NODE_RETRY_AFTER_S)
         raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
 
     def _bound(self, ask: Ask, group: Group, price: Price) -> Bound:

@@ -26,6 +26,7 @@ from gateway.admission import Admission
 from gateway.api import services
 from gateway.api.admin import commands as node_commands
 from gateway.api.admin import providers as admin_providers
+from gateway.api.admin import routing
 from gateway.api.inference import AskOf
 from gateway.api.openai import chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
@@ -63,6 +64,7 @@ from gateway.lifecycle import Lifecycle
 from gateway.mail import mailer_of
 from gateway.marketplace import Marketplace
 from gateway.money import Money
+from gateway.placement import Placement
 from gateway.reach.ask import NoAnswer, ask
 from gateway.reach.check import ListenerChecks
 from gateway.reach.hop import HopServer
@@ -76,8 +78,10 @@ from gateway.relay.upstream import ConnectFailed
 from gateway.relay.upstreams import Upstreams
 from gateway.reputation import ReputationChore
 from gateway.request_limits import RequestLimits, limited
+from gateway.starting import ModelStarts, wish_by_command
 from gateway.tally import Tally
 from gateway.tls import TlsFiles
+from gateway.waiting.sharing import QueueShare
 from nodes.commands import CommandStore
 from nodes.events import EventStore
 from nodes.heartbeats import NodeStore
@@ -88,6 +92,7 @@ from nodes.reaching import ReachStore
 from nodes.registry import Registry
 from nodes.reputation import ReputationStore
 from nodes.routing.snapshot import Engine
+from nodes.wishes import WishStore
 
 log = logging.getLogger("poolgate.gateway")
 
@@ -110,6 +115,7 @@ ROUTES: tuple[RouteSet, ...] = (
     setup.routes,
     node_commands.routes,
     tunnel.routes,
+    routing.routes,
     health.routes,
 )
 
@@ -195,6 +201,11 @@ class Gateway:
             settings, pool=self._pool, valkey=self._valkey, feed=feed, clock=clock, metrics=self.metrics,
             pepper=pepper,
         )  # fmt: skip
+        self.placement = Placement(settings, registry=self.registry, metrics=self.metrics)
+        self._queue_share = QueueShare(self._valkey, self.placement.queue, settings, worker)
+        wish = partial(wish_by_command, WishStore(self._pool), self._commands)
+        starts = ModelStarts(settings, registry=self.registry, wish=wish, metrics=self.metrics)
+
         journal = self.money.journal
         self._tally = Tally(ReputationStore(self._pool), TALLY_S)
         self.registry.on_failure.append(self._tally.count_fault)
@@ -202,11 +213,11 @@ class Gateway:
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
             leases=self.money.leases, is_full=lambda: journal.is_full,
-            count_prompt=partial(count_prompt, upstreams, settings),
+            count_prompt=partial(count_prompt, upstreams, settings), starts=starts,
         )  # fmt: skip
         self.lifecycle = Lifecycle(
-            settings, registry=self.registry, admission=admission, pepper=pepper, record=self._records.add,
-            upstreams=upstreams,
+            settings, registry=self.registry, admission=admission, placement=self.placement, pepper=pepper,
+            record=self._records.add, upstreams=upstreams,
         )  # fmt: skip
         self.keyed_turns = KeyedTurns(
             self.money.claims, self.lifecycle.run, settings, self.money.incarnation.id
@@ -237,6 +248,8 @@ class Gateway:
             self.registry.run_probes(self._probe),
             self._load.run(),
             self._control.run(),
+            self.placement.queue.run(),
+            self._queue_share.run(),
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),
@@ -277,6 +290,7 @@ class Gateway:
         app[services.CONTROL] = self._control
         app[services.NETWORKS] = networks
         app[services.LOAD] = self._load
+        app[services.PLACEMENT] = self.placement
         app[services.PRICES] = prices
         app[services.HEALTH] = self.health
         app[services.METRICS] = self.metrics
@@ -403,6 +417,7 @@ class Gateway:
         await self._tally.flush()
         await self.money.close()
         await self._load.leave()
+        await self._queue_share.leave()
         self.lifecycle.upstreams.close()
         await self._http.close()
         await self._valkey.aclose()

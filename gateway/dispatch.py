@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import random
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -21,6 +20,7 @@ from billing.money import to_minor_up
 from config.defaults import Settings
 from gateway.errors import NoNodeAvailable
 from gateway.flight import Flight, Stale, StreamFlight, WholeFlight
+from gateway.placement import EveryEngineFull, Placement, is_full
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens, plain_tokens
 from gateway.relay.faults import EngineFault, check_answer, fault_of_answer, unreachable
@@ -31,15 +31,12 @@ from gateway.relay.upstream import ConnectFailed, UpstreamConnection
 from gateway.relay.upstreams import Upstreams
 from gateway.turn import Turn
 from nodes.registry import Registry
-from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine
 
 log = logging.getLogger("poolgate.turns")
 
 OUTPUT_TOKENS_GUESS_MAX = 1024
 """What answers with a large token limit count for as load: few are longer."""
-
-NO_NODE_RETRY_AFTER_S = 5
 
 
 LATE_S = 1.0
@@ -59,6 +56,7 @@ class Dispatcher:
         settings: Settings,
         *,
         registry: Registry,
+        placement: Placement,
         pepper: bytes,
         settle: Callable[[Turn], None],
         covers: Callable[[Turn, Tokens], int],
@@ -67,10 +65,10 @@ class Dispatcher:
         self.settings = settings
         self.covers = covers
         self._registry = registry
+        self._placement = placement
         self._pepper = pepper
         self._settle = settle
         self._salts: dict[int, str] = {}
-        self._rng = random.Random()  # noqa: S311 - spreads load, keeps no secret
         self.upstreams = upstreams
         self.flights: set[Flight] = set()
         """Those that no task waits for."""
@@ -81,10 +79,14 @@ class Dispatcher:
         """Ask an engine on an idle connection. `landed` is called once, when the answer went out or with the flight's
         `error` set, from where `dispatch` goes on.
 
-        None: there is no such connection, and `dispatch` makes one. Raises NoNodeAvailable.
+        None: there is no such connection, or the turn has to wait for an engine: then it is `dispatch` that goes on. Raises
+        NoNodeAvailable.
         """
         self._encode(turn)
-        engine = self._choose(turn)
+        try:
+            engine = self._choose(turn)
+        except EveryEngineFull:
+            return None
         connection = self.upstreams.pool(engine).idle()
         if connection is None:
             return None
@@ -105,7 +107,12 @@ class Dispatcher:
         while not turn.faults or self._may_go_on(turn):
             if not turn.sent:
                 self._encode(turn)
-            engine = self._choose(turn)
+            try:
+                engine = self._choose(turn)
+            except EveryEngineFull:
+                self._judge(turn, is_answered=False)
+                turn.faults = ()
+                engine = await self._placement.wait(turn, turn.load_tokens, down)
             was_stale = failed is not None and isinstance(failed.error, Stale)
             connection = await self._connected(turn, engine, is_new=was_stale)
             failed = None
@@ -189,7 +196,8 @@ class Dispatcher:
 
     def _may_go_on(self, turn: Turn) -> bool:
         _, last = turn.faults[-1]
-        return not turn.is_begun and last.may_retry and len(turn.faults) < self.settings.dispatch_attempts_max
+        may_try = len(turn.faults) < self.settings.dispatch_attempts_max or is_full(last)
+        return not turn.is_begun and last.may_retry and may_try
 
     def _fail(self, turn: Turn, engine: Engine, fault: EngineFault) -> None:
         log.log(
@@ -207,24 +215,16 @@ class Dispatcher:
                 self._registry.engine_failed(engine)
 
     def _choose(self, turn: Turn) -> Engine:
-        ask, settings = turn.ask, self.settings
-        tokens = turn.load_tokens
-        tried = [engine for engine, _ in turn.faults] if turn.faults else ()
-        need = Need(turn.model, ask.kind, tokens, ask.provider_id, tried, context=tokens)
+        if not turn.faults:
+            return self._placement.choose(turn, turn.load_tokens, ())
+        _, last = turn.faults[-1]
         try:
-            return choose(
-                self._registry.snapshot,
-                need,
-                sample=settings.choice_sample,
-                turns_max=settings.engine_turns_max,
-                rng=self._rng,
-            )
-        except NoEngine as error:
-            if turn.faults:
-                self._judge(turn, is_answered=False)
-                _, fault = turn.faults[-1]
-                raise fault.error from fault
-            raise NoNodeAvailable(retry_after_s=NO_NODE_RETRY_AFTER_S) from error
+            return self._placement.choose(turn, turn.load_tokens, [engine for engine, _ in turn.faults], last)
+        except EveryEngineFull:
+            raise
+        except NoNodeAvailable:
+            self._judge(turn, is_answered=False)
+            raise last.error from last
 
     def _encode(self, turn: Turn) -> None:
         """The validated body, with what the gateway sets: usage in every event, and a cache salt for each account."""

@@ -18,6 +18,7 @@ from gateway.dispatch import Dispatcher
 from gateway.errors import ApiError, Unavailable, error_event
 from gateway.flight import Flight
 from gateway.identity.keyring import Principal
+from gateway.placement import Placement
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens
 from gateway.relay.upstreams import Upstreams
@@ -44,6 +45,7 @@ class Lifecycle:
         *,
         registry: Registry,
         admission: Admission,
+        placement: Placement,
         pepper: bytes,
         record: Callable[[UsageRecord], None],
         upstreams: Upstreams,
@@ -51,8 +53,8 @@ class Lifecycle:
         self._admission = admission
         self._record = record
         self._dispatcher = Dispatcher(
-            settings, registry=registry, pepper=pepper, settle=self._settle, covers=self._covers,
-            upstreams=upstreams,
+            settings, registry=registry, placement=placement, pepper=pepper, settle=self._settle,
+            covers=self._covers, upstreams=upstreams,
         )  # fmt: skip
         self._running: set[asyncio.Task[Any]] = set()
         self._cut: set[asyncio.Task[Any]] = set()

@@ -15,6 +15,7 @@ from billing.limits import Admission as Quota
 from billing.limits.headers import Told
 from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
+from gateway.hints import Hints
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
 from gateway.relay.faults import EngineFault
@@ -43,8 +44,8 @@ class Ask:
     `tap` makes the filter of one attempt, for a stream; without it the engine is asked for one whole answer. `gathers`:
     the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
     request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the
-    price online (a batch's turns cost less). Nothing of it changes but `body`; it and `tap`
-    go when a stream has begun. (Frozen, it takes thrice as long to make.)
+    price online (a batch's turns cost less). `hints`: what its headers ask of the node. Nothing of it changes but `body`; it
+    and `tap` go when a stream has begun. (Frozen, it takes thrice as long to make.)
     """
 
     route: str
@@ -60,6 +61,7 @@ class Ask:
     provider_id: int | None = None
     time_limit_s: float | None = None
     price_percent: int = ONLINE_PERCENT
+    hints: Hints | None = None
 
 
 @dataclass(slots=True)

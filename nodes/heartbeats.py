@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 import orjson
@@ -33,6 +33,16 @@ class AddressOfAnother(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the operator knows of a node and its owner asks for it: routing goes by it (`nodes.routing.filters`)."""
+
+    region: str = ""
+    tier: int = 0
+    price_percent: int = 100
+    reputation: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRow:
     """One engine that may serve: ready, on a node that is online."""
 
@@ -45,11 +55,20 @@ class EngineRow:
     is_behind_agent: bool = False  # `url` is then what it is called on its own host
     listener: tuple[str, int, str] | None = None  # host, port and fingerprint of its agent's, checked
     tunnel: str = ""  # where the worker in which its agent's ends takes hops
+    kv_tokens: int = 0
+    facts: NodeFacts = NodeFacts()
 
     @property
     def key(self) -> str:
         """Names the engine in the whole pool."""
         return f"{self.node_id}/{self.engine_id}"
+
+
+class CachedRow(NamedTuple):
+    """A model on the disk of a node that is online."""
+
+    model: str
+    node_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +123,26 @@ class NodeStore:
                 raise TooManyNodes
         return NodeLease(lease["epoch"], lease["state"])
 
-    async def ready_engines(self) -> tuple[list[EngineRow], int]:
-        """Every engine that may serve, and the number of nodes online."""
+    async def pool(self) -> tuple[list[EngineRow], int, list[CachedRow]]:
+        """Every engine that may serve, the number of nodes online, and the models that these have on disk."""
         async with (
             self._pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             rows = await connection.fetch(READY)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
-        return [_engine_row(row) for row in rows], online
+            cached = await connection.fetch(CACHED)
+        return [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached]
+
+    async def overview(self, limit: int) -> list[dict[str, Any]]:
+        """Nodes for people, those that were heard of last first: state, hardware, models on disk, what routing goes by."""
+        rows = await self._pool.fetch(OVERVIEW, limit)
+        return [dict(row) | {"gpu_status": orjson.loads(row["gpu_status"])} for row in rows]
+
+    async def set_facts(self, node_id: str, facts: Mapping[str, Any]) -> bool:
+        """Change some of what routing goes by (`NodeFacts`); False for an unknown node."""
+        values = [facts.get(name) for name in ("region", "tier", "price_percent", "reputation")]
+        return bool(await self._pool.fetchval(SET_FACTS, uuid.UUID(node_id), *values))
 
     async def connect(
         self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str, nodes_max: int
@@ -196,12 +226,31 @@ on conflict (node_id, engine_id) do update set
 """
 
 READY = """
-select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models,
-       n.reach = 'agent' as is_behind_agent, n.listener_host, n.listener_port, n.listener_fingerprint, t.worker
+select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models, e.kv_tokens,
+    n.region, n.tier, n.price_percent, n.reputation,
+    n.reach = 'agent' as is_behind_agent, n.listener_host, n.listener_port, n.listener_fingerprint, t.worker
 from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
 left join tunnels t on t.node_id = n.id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id
+"""
+
+CACHED = """
+select model, n.id::text from nodes n join accounts a on a.id = n.account_id, unnest(n.cached_models) as model
+where n.state = 'online' and a.status = 'active' and a.approval_status = 'approved' order by model, n.id
+"""
+
+OVERVIEW = """
+select id::text as node_id, account_id, hostname, state, epoch, agent_version, cached_models, gpu_status,
+    extract(epoch from clock_timestamp() - last_heartbeat_at)::float8 as heartbeat_age_s,
+    region, tier::int, price_percent, reputation::float8
+from nodes order by last_heartbeat_at desc nulls last, id limit $1
+"""
+
+SET_FACTS = """
+update nodes set region = coalesce($2, region), tier = coalesce($3, tier),
+    price_percent = coalesce($4, price_percent), reputation = coalesce($5, reputation)
+where id = $1 returning true
 """
 
 COUNT = "select count(*) from nodes where account_id = $1"
@@ -259,4 +308,6 @@ def _engine_row(row: asyncpg.Record) -> EngineRow:
         if row["listener_host"] is None
         else (row["listener_host"], row["listener_port"], row["listener_fingerprint"]),
         tunnel=row["worker"] or "",
+        kv_tokens=row["kv_tokens"],
+        facts=NodeFacts(row["region"], row["tier"], row["price_percent"], row["reputation"]),
     )

@@ -153,6 +153,8 @@ class LoadShare:
             engine.load.running = int(_number(load, "running")) if is_fresh else 0
             engine.load.waiting = int(_number(load, "waiting")) if is_fresh else 0
             engine.load.kv_usage = _number(load, "kv_usage") if is_fresh else 0.0
+            if is_fresh and since_s == now_s and engine.load.waiting > self._settings.engine_waiting_max:
+                self._registry.engine_full(engine)
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""

@@ -12,15 +12,19 @@ from config.clock import Clock
 from config.defaults import Settings
 from config.postgres import AWAY
 from nodes.breaker import Breaker
-from nodes.heartbeats import EngineRow, NodeStore
+from nodes.heartbeats import CachedRow, EngineRow, NodeStore
 from nodes.networks import AllowedNetworks, EngineUrlRefused
 from nodes.reach import Direct, Listener, Reach, reach_behind_agent
-from nodes.routing.snapshot import Engine, Model, Snapshot
+from nodes.routing.prefixes import TOKENS_UNTOLD, Prefixes
+from nodes.routing.snapshot import UNCAPPED, Engine, Model, Snapshot
 
 log = logging.getLogger("poolgate.nodes")
 
 RELOAD_RETRY_S = 1.0
 """Pause before nodes are read again after PostgreSQL did not answer."""
+
+CAP_MAX = 2**16
+"""A cap on an engine's turns above this is none."""
 
 Probe = Callable[[Engine], Awaitable[bool]]
 
@@ -36,8 +40,13 @@ class Registry:
         self._wake = asyncio.Event()
         self._probing: set[Engine] = set()
         self.snapshot = Snapshot()
+        self.prefixes = Prefixes(settings.prefix_entries_max)
         self.on_change: list[Callable[[Snapshot], None]] = []
         self.on_failure: list[Callable[[Engine], None]] = []
+        self.capped: set[Engine] = set()
+        """Engines that said they are full, lately."""
+        self.on_back: Callable[[], None] | None = None
+        """Told when an engine may be fit again that was not."""
 
     def nodes_changed(self, _entity: str = "") -> None:
         """Read the nodes again soon; for the change feed."""
@@ -47,17 +56,24 @@ class Registry:
         """An engine of the snapshot by its key."""
         return self._engines.get(key)
 
-    def apply(self, rows: Iterable[EngineRow], nodes_online: int) -> None:
-        """Make the snapshot of these rows."""
+    def apply(self, rows: Iterable[EngineRow], nodes_online: int, cached: Iterable[CachedRow] = ()) -> None:
+        """Make the snapshot of these rows; `cached`: the models that nodes online have on disk."""
         engines: dict[str, Engine] = {}
         for row in rows:
             engine = self._engine(row)
             if engine is not None:
                 engines[row.key] = engine
         for key in self._engines.keys() - engines.keys():
+            self.prefixes.forget(self._engines[key])
             log.info("engine %s left", key, extra={"action": "engine_left", "engine": key})
         self._engines = engines
-        self.snapshot = Snapshot.of(engines.values(), nodes_online)
+        nodes_of: dict[str, list[str]] = {}
+        for row_ in cached:
+            nodes_of.setdefault(row_.model, []).append(row_.node_id)
+        self.snapshot = Snapshot.of(
+            engines.values(), nodes_online, before=self.snapshot,
+            cached={model: tuple(nodes) for model, nodes in nodes_of.items()},
+        )  # fmt: skip
         for callback in self.on_change:
             callback(self.snapshot)
 
@@ -74,14 +90,22 @@ class Registry:
                 "engine %s is ready with %s", row.key, ", ".join(models), extra={"action": "engine_ready"}
             )
             breaker = Breaker(self._settings)
-            return Engine(
+            engine = Engine(
                 row.key, row.node_id, row.engine_id, row.account_id, host, port, models, breaker, row.restarts,
                 reach=reach,
             )  # fmt: skip
-        if (engine.reach, engine.incarnation) != (reach, row.restarts):
+            engine.on_back = self._came_back
+        elif (engine.reach, engine.incarnation) != (reach, row.restarts):
+            if engine.incarnation != row.restarts:
+                self.prefixes.forget(engine)  # another way to it leads to the same cache
             engine.host, engine.port, engine.reach, engine.incarnation = host, port, reach, row.restarts
             engine.breaker.reset()
+            engine.load.cap = UNCAPPED
         engine.models = models
+        engine.held.tokens_max = row.kv_tokens or TOKENS_UNTOLD
+        facts = row.facts
+        engine.region, engine.tier, engine.price_percent = facts.region, facts.tier, facts.price_percent
+        engine.reputation = facts.reputation
         return engine
 
     def _reach(self, row: EngineRow) -> Reach | None:
@@ -97,6 +121,10 @@ class Registry:
             return None
         return Direct(address.host, address.port)
 
+    def _came_back(self) -> None:
+        if self.on_back is not None:
+            self.on_back()
+
     def engine_failed(self, engine: Engine) -> None:
         """A turn failed by this engine's fault."""
         for callback in self.on_failure:
@@ -106,6 +134,22 @@ class Registry:
                 "engine %s failed %d times in a row: no turns until it answers", engine.key, engine.breaker.failures,
                 extra={"action": "breaker_opened", "engine": engine.key},
             )  # fmt: skip
+
+    def engine_full(self, engine: Engine) -> None:
+        """It refused a turn because it has too many, or reports that too many wait inside it."""
+        engine.refused()
+        self.capped.add(engine)
+
+    def relax_caps(self, *, are_waiting: bool) -> None:
+        """Let full engines take one turn more while turns wait for them, to see whether they can; else more and more, until
+        nothing is left of their having been full. To be called every `queue_retry_s`."""
+        for engine in list(self.capped):
+            load = engine.load
+            load.cap += 1 if are_waiting else load.cap
+            if load.cap > CAP_MAX or self._engines.get(engine.key) is not engine:
+                load.cap = UNCAPPED
+                self.capped.discard(engine)
+            engine.comes_back()
 
     async def run(self, store: NodeStore) -> None:
         """Read the nodes whenever they changed, until cancelled."""
@@ -119,13 +163,13 @@ class Registry:
     async def reload(self, store: NodeStore) -> bool:
         """Read the nodes now; False, and the old picture, if PostgreSQL does not answer."""
         try:
-            rows, online = await store.ready_engines()
+            rows, online, cached = await store.pool()
         except AWAY as error:
             log.warning(
                 "nodes can't be read: %s", error or type(error).__name__, extra={"action": "nodes_unreadable"}
             )
             return False
-        self.apply(rows, online)
+        self.apply(rows, online, cached)
         return True
 
     async def run_probes(self, probe: Probe) -> None:

@@ -14,6 +14,7 @@ from gateway.api.credentials import authenticate
 from gateway.api.services import CORS, HEALTH, KEYED_TURNS, LIFECYCLE, REQUEST_ID, SETTINGS
 from gateway.edge.handover import ClientProtocol
 from gateway.errors import ApiError, BadRequest, BodyTooLarge, RequestTimeout
+from gateway.hints import hints_of
 from gateway.idempotent import HEADER, key_of
 from gateway.relay.downstream import ClientGone, HttpDownstream, Relayed
 from gateway.turn import Ask
@@ -41,6 +42,7 @@ async def infer(request: web.Request, ask_of: AskOf) -> web.StreamResponse:
     if not is_here:  # it may have taken minutes, in which the key was revoked or its limits were changed
         principal = await authenticate(request, SCOPE)
     ask = ask_of(body, app[SETTINGS])
+    ask.hints = hints_of(request.headers.get)
     protocol = request.protocol
     assert isinstance(protocol, ClientProtocol)
     down = HttpDownstream(

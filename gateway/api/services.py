@@ -17,6 +17,7 @@ from gateway.identity.logins import Logins
 from gateway.identity.providers import ProviderAccounts
 from gateway.lifecycle import Lifecycle
 from gateway.marketplace import Marketplace
+from gateway.placement import Placement
 from gateway.reach.check import ListenerChecks
 from gateway.reach.tunnels import Tunnels
 from gateway.request_limits import RequestLimits
@@ -48,6 +49,7 @@ NETWORKS = web.AppKey("networks", AllowedNetworks)
 REACHING = web.AppKey("reaching", ReachStore)
 TUNNELS = web.AppKey("tunnels", Tunnels)
 LISTENER_CHECKS = web.AppKey("listener_checks", ListenerChecks)
+PLACEMENT = web.AppKey("placement", Placement)
 LOAD = web.AppKey("load", LoadShare)
 PRICES = web.AppKey("prices", PriceBook)
 HEALTH = web.AppKey("health", Health)

@@ -19,7 +19,13 @@ Run = Callable[[argparse.Namespace], int]
 
 # What the command line itself reads from the environment, beside settings.
 OWN_VARIABLES = frozenset(
-    {"POOLGATE_DEBUG", "POOLGATE_AGENT_KEY", "POOLGATE_STOP_WITH_PARENT", "POOLGATE_TORCH_INDEX"}
+    {
+        "POOLGATE_DEBUG",
+        "POOLGATE_ADMIN_KEY",
+        "POOLGATE_AGENT_KEY",
+        "POOLGATE_STOP_WITH_PARENT",
+        "POOLGATE_TORCH_INDEX",
+    }
 )
 
 

@@ -12,8 +12,12 @@ from gateway.edge.head import Head
 from gateway.edge.refusals import new_request_id, refusal
 from gateway.edge.refused import RefusedKeys
 from gateway.edge.turns import EdgeTurns
-from gateway.errors import ApiError
+from gateway.errors import ApiError, BadRequest
+from gateway.hints import NAMES as HINTS
+from gateway.hints import hints_of
 from gateway.relay.downstream import whole_head
+
+NAMES = frozenset(name.encode() for name in HINTS)
 
 TICK_S = 0.5
 """How often connections are looked at for being late: their bounds are seconds, and a timer each would cost more."""
@@ -65,6 +69,12 @@ class Door:
         route = self.turns.routes.get(head.target) if head.method == b"POST" else None
         if route is None or not head.is_plain_json or head.body_bytes > self.settings.body_bytes_max:
             return False
+        fields = head.fields
+        if not NAMES.isdisjoint(fields):
+            try:
+                head.hints = hints_of(lambda name: fields.get(name.encode(), b"").decode("latin-1") or None)
+            except BadRequest:  # which is rendered there
+                return False
         head.for_ = route
         head.body_bytes_max = self.settings.body_bytes_max
         origin = head.fields.get(b"origin")

@@ -58,6 +58,7 @@ class Head:
     own_lines: bytes = b""
     body_bytes_max: int = 0
     is_keyed: bool = False  # it has an Idempotency-Key
+    hints: Any = None  # what its headers ask of the node
 
     @property
     def is_plain_json(self) -> bool:

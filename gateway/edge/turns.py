@@ -103,6 +103,7 @@ class EdgeTurn(HttpDownstream):
                 return
             check_scope(principal, SCOPE)
             ask = self._head.for_(body, turns.settings)
+            ask.hints = self._head.hints
             turn = self._turn = turns.lifecycle.try_admit(ask, principal, self.request_id)
             if turn is None:
                 self._go_on(turns.lifecycle.send_off, ask, principal, self.request_id, self, self._landed)
@@ -190,6 +191,7 @@ class EdgeTurn(HttpDownstream):
         field = head.all_fields().get(b"idempotency-key") if head.is_keyed else None
         key = key_of(None if field is None else field.decode("latin-1"))
         ask: Ask = head.for_(body, turns.settings)
+        ask.hints = head.hints
         if key is None:
             return await turns.lifecycle.send_off(ask, principal, self.request_id, self, self._landed)
         request_hash = turns.keyed_turns.request_hash("POST", head.target.decode("ascii"), body)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nodes.protocol import AGENT_VERSION
 
-REQUIREMENTS = ("aiohttp>=3.13,<4",)
-"""On a GPU host `nvidia-ml-py` too: without it the GPUs are not seen."""
+REQUIREMENTS = ("aiohttp>=3.13,<4", "cryptography>=43")
+"""An HTTP client, and what makes a listener's certificate. On a GPU host `nvidia-ml-py` too, or no GPU is seen."""
 
 START = "nodes.agent.__main__"
 ALSO = ("nodes.agent.watchdog", "nodes.agent.launcher")

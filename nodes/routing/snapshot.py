@@ -7,19 +7,30 @@ back. So the three engines that are left of ten thousand are found without looki
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from nodes.breaker import Breaker
 from nodes.reach import Direct, Reach
+from nodes.routing.homes import Ring, mark_of
+from nodes.routing.prefixes import Held
 
 TOKENS_PER_WAITING_TURN = 256
 """What a turn waiting inside an engine counts for, when we don't know its size: a common answer's length."""
 
 UNTOLD = 2**62
 """Tokens of context that an engine counts as having if it does not tell how many."""
+
+UNCAPPED = 2**62
+"""Turns that an engine takes which has refused none."""
+
+SHARE_WINDOW = 64
+"""Turns for each engine of a group over which its share of them is told: older ones count less and less."""
+
+UNIT_MAX = 1e100
+"""Weight of one turn at which all weights are scaled down: doubles go further, sums of many of them as well."""
 
 
 STRAIGHT = Direct("", 0)
@@ -53,6 +64,7 @@ class Load:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    cap: int = UNCAPPED  # turns of ours that it takes, as far as it told by refusing one more
 
     @property
     def in_tokens(self) -> float:
@@ -81,8 +93,17 @@ class Engine:
     absent: "list[Group]" = field(default_factory=list)
     """Groups of the newest snapshot that took it out of `fit`."""
     reach: Reach = STRAIGHT
+    held: Held = field(default_factory=Held)
+    region: str = ""
+    tier: int = 0
+    price_percent: int = 100
+    reputation: float = 1.0
+    on_back: "Callable[[], None] | None" = None
+    """Told when it may be fit again after it was not: turns may wait for that."""
+    mark: int = 0
 
     def __post_init__(self) -> None:
+        self.mark = mark_of(self.key)
         if self.reach is STRAIGHT:
             self.reach = Direct(self.host, self.port)
 
@@ -102,15 +123,23 @@ class Engine:
         if self.absent:
             self.comes_back()
 
+    def refused(self) -> None:
+        """It said that it is full: it takes no more than it has of ours."""
+        self.load.cap = max(1, self.load.turns)
+
     def is_fit(self, turns_max: int) -> bool:
-        """It may get a turn now: its breaker lets one through, and it has fewer than `turns_max` from this worker."""
-        return self.load.turns < turns_max and self.breaker.admits
+        """It may get a turn now: its breaker lets one through, it has fewer than `turns_max` from this worker, and it did
+        not say that it is full."""
+        load = self.load
+        return load.turns < turns_max and load.turns < load.cap and self.breaker.admits
 
     def comes_back(self) -> None:
         """It may be fit again, as its breaker closed or a turn ended: worth a look in every group."""
         for group in self.absent:
             group.put_back(self)
         self.absent.clear()
+        if self.on_back is not None:
+            self.on_back()
 
     def __repr__(self) -> str:
         state = "open" if self.breaker.is_open else "closed"
@@ -121,12 +150,16 @@ class Group:
     """Engines that serve one model in one way, of all providers or of one: any of them could take the same turn.
 
     `context_max` is the largest context that one of them gives the model, None if one does not tell; `context_min` the
-    smallest that is told, None if none is. `fit` are those worth a look, the roomiest first.
+    smallest that is told, None if none is. `fit` are those worth a look, the roomiest first. `placed`: turns that this
+    worker sent to each of late, where one now counts `unit`; `total` is their sum.
     """
 
-    __slots__ = ("_scarcity", "context_max", "context_min", "engines", "fit")
+    __slots__ = (
+        "_growth", "_ring", "_scarcity", "context_max", "context_min", "engines", "fit", "placed", "total", "unit",
+    )  # fmt: skip
 
-    def __init__(self, model: str, engines: Iterable[Engine]) -> None:
+    def __init__(self, model: str, engines: Iterable[Engine], before: "Group | None" = None) -> None:
+        """`before`: the group that it takes the place of, whose placements count on."""
         lengths = {engine: engine.models[model].context_length for engine in engines}
         told = [length for length in lengths.values() if length]
         self.context_max = max(told) if len(told) == len(lengths) else None
@@ -135,12 +168,49 @@ class Group:
         self._scarcity = {engine: -(length or UNTOLD) for engine, length in lengths.items()}
         self.fit = sorted(lengths, key=self._scarcity.__getitem__)
         self.engines = tuple(self.fit)
+        self._growth = 1.0 + 1.0 / (SHARE_WINDOW * max(1, len(self.engines)))
+        self._ring: Ring | None = None
+        self.unit: float = 1.0 if before is None else before.unit
+        known: dict[Engine, float] = {} if before is None else before.placed
+        self.placed: dict[Engine, float] = {
+            engine: known[engine] for engine in self.engines if engine in known
+        }
+        self.total = sum(self.placed.values())
+
+    @property
+    def ring(self) -> Ring:
+        """Its engines by their marks; made at the first use, as few groups of a large pool are asked for it."""
+        if self._ring is None:
+            self._ring = Ring(self.engines)
+        return self._ring
+
+    def late_turns(self, engine: Engine) -> float:
+        """How many turns that engine got of late, older ones counting less: in the mean SHARE_WINDOW."""
+        return self.placed.get(engine, 0.0) / self.unit
+
+    def place(self, engine: Engine) -> None:
+        """A turn goes to that engine. Instead of all older ones growing lighter, each new one is heavier."""
+        unit = self.unit
+        self.placed[engine] = self.placed.get(engine, 0.0) + unit
+        self.total += unit
+        self.unit = unit * self._growth
+        if unit > UNIT_MAX:
+            self.placed = {engine: weight / unit for engine, weight in self.placed.items()}
+            self.total, self.unit = sum(self.placed.values()), 1.0
 
     def roomy(self, context: int) -> int:
         """How many of `fit`, from the first, have room for that many tokens."""
         if self.context_min is None or context <= self.context_min:
             return len(self.fit)
         return bisect_right(self.fit, -context, key=self._scarcity.__getitem__)
+
+    def has(self, engine: Engine) -> bool:
+        """Whether that engine belongs to it."""
+        return engine in self._scarcity
+
+    def is_roomy(self, engine: Engine, context: int) -> bool:
+        """Whether that engine of the group has room for so many tokens."""
+        return -self._scarcity[engine] >= context
 
     def put_back(self, engine: Engine) -> None:
         """It may be fit again."""
@@ -166,16 +236,22 @@ class Snapshot:
     """All engines that are ready on nodes that are online, by model.
 
     `groups`: by model, kind and provider (None: of all). An engine belongs to the groups of the newest snapshot alone.
+    `cached`: nodes online that have a model on disk, by its name, whether or not an engine of theirs serves it.
     """
 
     by_model: Mapping[str, tuple[Engine, ...]] = field(default_factory=lambda: MappingProxyType({}))
     engines: tuple[Engine, ...] = ()
     nodes_online: int = 0
     groups: Mapping[tuple[str, str, int | None], Group] = field(default_factory=lambda: MappingProxyType({}))
+    cached: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def of(cls, engines: Iterable[Engine], nodes_online: int) -> "Snapshot":
-        """Index `engines` by each model that they serve."""
+    def of(
+        cls, engines: Iterable[Engine], nodes_online: int, *, cached: Mapping[str, tuple[str, ...]] | None = None,
+        before: "Snapshot | None" = None,
+    ) -> "Snapshot":  # fmt: skip
+        """Index `engines` by each model that they serve. `before`: the snapshot whose place this one takes."""
+        known = before.groups if before is not None else {}
         everything = tuple(engines)
         by_model: dict[str, list[Engine]] = {}
         members: dict[tuple[str, str, int | None], list[Engine]] = {}
@@ -186,8 +262,8 @@ class Snapshot:
                 members.setdefault((model, facts.kind, None), []).append(engine)
                 members.setdefault((model, facts.kind, engine.account_id), []).append(engine)
         index = MappingProxyType({model: tuple(row) for model, row in by_model.items()})
-        groups = MappingProxyType({key: Group(key[0], row) for key, row in members.items()})
-        return cls(index, everything, nodes_online, groups)
+        groups = MappingProxyType({key: Group(key[0], row, known.get(key)) for key, row in members.items()})
+        return cls(index, everything, nodes_online, groups, MappingProxyType(dict(cached or {})))
 
     def models(self) -> dict[str, Model]:
         """Every model that is served, with the largest context that any engine gives it."""

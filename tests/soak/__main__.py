@@ -23,7 +23,19 @@ from config.embedded import EmbeddedStores
 from config.postgres import open_pool
 from config.settings import load_settings
 from gateway.supervisor import raise_descriptor_limit
-from tests.soak import cuts, fuzz, killed, limits, memory, money_crash, reload, simulation, stalled, streams
+from tests.soak import (
+    cuts,
+    fuzz,
+    killed,
+    limits,
+    memory,
+    money_crash,
+    overload,
+    reload,
+    simulation,
+    stalled,
+    streams,
+)
 from tests.soak.report import Result, write_section
 
 REPORT = ROOT / "docs" / "soak.md"
@@ -81,6 +93,9 @@ CASES = (
     Case("cuts", "Streams cut at random points", cuts.streams_cut, cuts.LONG, cuts.SHORT),
     Case(
         "limits", "60 requests a minute over four workers", limits.a_minute_has_60, limits.LONG, limits.SHORT
+    ),
+    Case(
+        "overload", "Three times what engines can do, two accounts", overload.overloaded, overload.LONG, overload.SHORT
     ),
     Case("fuzz", "Seeded nonsense at the edge", fuzz.edge_fuzzed, fuzz.LONG, fuzz.SHORT, FUZZ_BOUND_S),
 )  # fmt: skip

@@ -26,7 +26,7 @@ ALL = {parser.prog: parser for parser in commands(build_parser())}
 def test_the_promised_commands_exist() -> None:
     assert set(ALL) == {
         "poolgate up", "poolgate serve", "poolgate agent", "poolgate migrate", "poolgate usage",
-        "poolgate recover", "poolgate doctor", "poolgate version",
+        "poolgate recover", "poolgate doctor", "poolgate version", "poolgate top",
         "poolgate account create", "poolgate account list", "poolgate account show", "poolgate account credit",
         "poolgate account zone", "poolgate account suspend", "poolgate account resume",
         "poolgate node list", "poolgate node approve", "poolgate node reject",

@@ -1,0 +1,79 @@
+"""Where a prompt goes that no engine is known to hold: by a hash that every worker computes alike, so that all agree on its
+first engine without talking (rendezvous hashing).
+
+Large pools have a ring of their engines' marks, and the rendezvous is held among those that follow the prompt's place in
+it: so it costs the same in any pool, and an engine that comes or goes moves few prompts. Where the first home has more than
+its share, the second takes it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from nodes.routing.prefixes import ENDS
+
+if TYPE_CHECKING:
+    from nodes.routing.snapshot import Engine
+
+WINDOW = 8
+"""Engines that meet for one prompt."""
+
+_SPREAD = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def mark_of(key: str) -> int:
+    """An engine's place in rings: the same in every worker."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+class Ring:
+    """The engines of a group by their marks."""
+
+    __slots__ = ("_engines", "_marks")
+
+    def __init__(self, engines: "Sequence[Engine]") -> None:
+        self._engines = sorted(engines, key=lambda engine: engine.mark)
+        self._marks = [engine.mark for engine in self._engines]
+
+    def homes(self, value: int) -> "tuple[Engine, ...]":
+        """The engines for a prompt that hashes to `value`, the first one first."""
+        engines, marks = self._engines, self._marks
+        value = value * _SPREAD & _MASK
+        count = len(engines)
+        if count <= WINDOW:
+            places: Iterable[int] = range(count)
+        else:
+            start = bisect_left(marks, value)
+            places = (
+                range(start, start + WINDOW)
+                if start + WINDOW <= count
+                else range(start - count, start - count + WINDOW)
+            )
+        first = second = -1
+        least = less = _MASK + 1
+        for place in places:
+            rank = (marks[place] ^ value) * _SPREAD & _MASK
+            if rank < least:
+                first, second, least, less = place, first, rank, least
+            elif rank < less:
+                second, less = place, rank
+        return (engines[first],) if count == 1 else (engines[first], engines[second])
+
+
+def home_hash(hashes: Sequence[int]) -> int:
+    """Which of a prompt's beginnings decides on its home: of the doublings the last one within its first half. So prompts
+    that end in different questions have the same home, and those that only begin alike don't."""
+    return hashes[HOME_PLACES[len(hashes)]]
+
+
+def _home_place(count: int) -> int:
+    """Which of so many beginnings that is."""
+    half = ENDS[count - 1] // 2
+    return max(
+        (place for place in range(count) if ENDS[place] <= half and ENDS[place].bit_count() == 1), default=0
+    )
+
+
+HOME_PLACES = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))

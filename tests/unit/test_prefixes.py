@@ -1,0 +1,163 @@
+"""Which engine is taken to hold which beginnings, for how long, and where a prompt goes that nobody holds."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodes.routing.homes import HOME_PLACES, WINDOW, Ring, home_hash
+from nodes.routing.prefixes import BLOCK_BYTES, ENDS, HOLDERS_MAX, Prefixes, beginnings, seed_of, tokens_of
+from nodes.routing.snapshot import Engine
+from tests.unit.test_router import engine
+
+PROMPT = bytes(range(256)) * 64
+
+
+def hashes_of(text: bytes, seed: int = 1) -> list[int]:
+    return beginnings(text, 0, seed)
+
+
+def test_prompts_that_begin_alike_have_the_same_beginnings_up_to_where_they_differ():
+    other = PROMPT[:5000] + b"!" + PROMPT[5001:]
+    alike = sum(end <= 5000 for end in ENDS)
+    first, second = hashes_of(PROMPT), hashes_of(other)
+    assert first[:alike] == second[:alike]
+    assert not set(first[alike:]) & set(second[alike:])
+
+
+def test_where_a_prompt_stands_in_its_request_is_no_matter():
+    assert beginnings(b"xyz" + PROMPT, 3, 1) == hashes_of(PROMPT)
+
+
+def test_accounts_and_models_share_no_beginning():
+    seeds = {seed_of("m", 1), seed_of("m", 2), seed_of("n", 1)}
+    assert len(seeds) == 3
+    assert len({hashes_of(PROMPT, seed)[0] for seed in seeds}) == 3
+
+
+def test_what_is_shorter_than_a_block_has_no_beginning():
+    assert hashes_of(PROMPT[: BLOCK_BYTES - 1]) == []
+    assert len(hashes_of(PROMPT[:BLOCK_BYTES])) == 1
+
+
+def test_the_longest_beginning_that_is_held_is_found_with_who_holds_it():
+    prefixes, short, long = Prefixes(1000), engine("short"), engine("long")
+    hashes = hashes_of(PROMPT)
+    prefixes.note(short, hashes[:2], 600)
+    prefixes.note(long, hashes[:4], 1100)
+    assert prefixes.match(hashes) == (4, [long])
+    assert prefixes.match(hashes[:2]) == (2, [short, long])
+    assert prefixes.match(hashes_of(b"?" * 9000)) == (0, ())
+    assert (prefixes.depth_in(short, hashes), prefixes.depth_in(long, hashes)) == (2, 4)
+
+
+def test_an_engine_holds_no_more_than_its_cache_and_gives_up_the_oldest_first():
+    prefixes, one = Prefixes(1000), engine()
+    one.held.tokens_max = 2 * tokens_of(3)
+    prompts = [hashes_of(bytes([number]) * ENDS[2]) for number in range(3)]
+    for hashes in prompts[:2]:
+        prefixes.note(one, hashes, tokens_of(3))
+    assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 3, 0]
+    prefixes.note(one, prompts[0], tokens_of(3))  # used again: now the second is the oldest
+    prefixes.note(one, prompts[2], tokens_of(3))
+    assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 0, 3]
+    assert one.held.tokens == one.held.tokens_max
+
+
+def test_a_longer_prompt_than_the_cache_leaves_nothing_and_does_not_hang():
+    prefixes, one = Prefixes(1000), engine()
+    one.held.tokens_max = 10
+    prefixes.note(one, hashes_of(PROMPT), 4096)
+    assert (len(prefixes), one.held.tokens) == (0, 0)
+
+
+def test_one_beginning_is_remembered_of_a_few_engines_only():
+    prefixes, hashes = Prefixes(1000), hashes_of(PROMPT[:BLOCK_BYTES])
+    engines = [engine(str(number)) for number in range(HOLDERS_MAX + 2)]
+    for one in engines:
+        prefixes.note(one, hashes, 256)
+    assert prefixes.match(hashes) == (1, engines[2:])
+    assert engines[0].held.tokens == 0
+
+
+def test_an_engine_that_was_started_anew_holds_nothing():
+    prefixes, one, other = Prefixes(1000), engine("1"), engine("2")
+    hashes = hashes_of(PROMPT)
+    prefixes.note(one, hashes, 4096)
+    prefixes.note(other, hashes, 4096)
+    prefixes.forget(one)
+    assert prefixes.match(hashes) == (len(hashes), [other])
+    assert (one.held.tokens, len(one.held.entries)) == (0, 0)
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["note", "forget"]), st.integers(0, 2), st.integers(0, 9)), max_size=60
+)
+
+
+@given(STEPS)
+def test_whatever_happens_the_index_is_bounded_and_both_sides_agree(steps):
+    prefixes, engines = Prefixes(12), [engine(str(number)) for number in range(3)]
+    for one in engines:
+        one.held.tokens_max = 2000
+    for step, which, what in steps:
+        one = engines[which]
+        if step == "note":
+            prefixes.note(one, hashes_of(bytes([what]) * (3000 + 700 * what)), 900 + 100 * what)
+        else:
+            prefixes.forget(one)
+        held = [each.held for each in engines]
+        assert len(prefixes) == sum(len(each.entries) for each in held) <= 12
+        assert all(each.tokens == sum(each.entries.values()) <= each.tokens_max for each in held)
+        pairs = {(value, each) for each in engines for value in each.held.entries}
+        assert pairs == {(value, each) for value, row in prefixes._holders.items() for each in row}
+
+
+# --- homes ------------------------------------------------------------------------------------------------------
+
+
+def ring(count: int) -> tuple[Ring, list[Engine]]:
+    engines = [engine(f"node-{number}/e0") for number in range(count)]
+    return Ring(engines), engines
+
+
+def test_every_worker_computes_the_same_homes():
+    (one, engines), other = ring(20), Ring([engine(f"node-{number}/e0") for number in reversed(range(20))])
+    for value in range(100):
+        assert [home.key for home in one.homes(value)] == [home.key for home in other.homes(value)]
+    assert one.homes(1)[0] in engines
+
+
+def test_homes_are_spread_over_pools_of_any_size():
+    for count in (2, 4, WINDOW, WINDOW + 1, 50):
+        of, engines = ring(count)
+        found = Counter(of.homes(value)[0] for value in range(400 * count))
+        assert len(found) == count
+        assert max(found.values()) < 3 * 400, engines
+    assert len({home for value in range(50) for home in ring(4)[0].homes(value)}) > 4
+
+
+def test_an_engine_that_leaves_moves_only_prompts_near_it():
+    of, engines = ring(50)
+    smaller = Ring(engines[1:])
+    moved = sum(of.homes(value)[0] is not smaller.homes(value)[0] for value in range(2000))
+    assert moved < 2000 * 0.08
+
+
+def test_a_single_engine_is_the_only_home():
+    of, engines = ring(1)
+    assert of.homes(7) == (engines[0],)
+
+
+def test_prompts_with_different_endings_have_one_home_and_those_that_only_begin_alike_have_others():
+    system = bytes(range(100, 200)) * 50  # 5,000 bytes, as a system prompt of 1,200 tokens
+    values = {
+        home_hash(hashes_of(system + b"question %d" % number + b"." * 20 * number)) for number in range(100)
+    }
+    assert len(values) == 1
+    begin = b"You are helpful." * 64  # 1 KiB in common, then 8 KiB of a document
+    values = {home_hash(hashes_of(begin + bytes([number]) * 8000)) for number in range(100)}
+    assert len(values) == 100
+    assert all(
+        ENDS[HOME_PLACES[count]] <= max(BLOCK_BYTES, ENDS[count - 1] // 2) for count in range(1, len(ENDS))
+    )

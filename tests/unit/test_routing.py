@@ -1,0 +1,247 @@
+"""What the router weighs: caches, homes, sessions, regions, caps, shares; and that it does so at any size of a pool."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from config.defaults import Settings
+from nodes.routing.filters import Wishes
+from nodes.routing.prefixes import Prefixes
+from nodes.routing.router import Need, NoEngine, Router, hashes_of
+from nodes.routing.scorers import Policy
+from nodes.routing.snapshot import Engine, Snapshot
+from tests.unit.test_router import M, engine
+
+SYSTEM = [b"%02d" % number * 2000 for number in range(64)]
+"""64 system prompts of 4,000 bytes, about 1,000 tokens."""
+
+
+def router(**of: Any) -> Router:
+    made = Router(Policy.of(Settings(**of)), Prefixes(10_000), sessions_max=3)
+    made._rng = random.Random(5)
+    return made
+
+
+def need(prompt: bytes = b"hi", **of: Any) -> Need:
+    body = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % prompt
+    return Need(**{"model": M, "kind": "generate", "tokens": len(body) // 4, "body": body, "client": 1} | of)
+
+
+def test_a_long_prompt_goes_where_its_beginning_is():
+    engines = [engine(str(number)) for number in range(8)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    first = [of.route(snapshot, need(system)) for system in SYSTEM]
+    for _ in range(5):
+        again = [of.route(snapshot, need(system + b"Another question.")) for system in SYSTEM]
+        assert sum(one is other for one, other in zip(first, again, strict=True)) >= 60
+
+
+def test_another_accounts_prompt_is_not_drawn_there():
+    """Caches are kept apart by salts, so there is nothing for it."""
+    engines = [engine(str(number)) for number in range(8)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    of.route(snapshot, need(SYSTEM[0]))
+    group = snapshot.groups[M, "generate", None]
+    wanted = need(SYSTEM[0], client=2)
+    assert of.ties_of(group, wanted, hashes_of(wanted)).matched == {}
+    wanted = need(SYSTEM[0])
+    assert of.ties_of(group, wanted, hashes_of(wanted)).matched != {}
+
+
+def test_an_engine_that_is_much_busier_is_left_for_an_idle_one():
+    engines = [engine("a"), engine("b")]
+    snapshot, of = Snapshot.of(engines, 1), router(routing_load_weight=0.25)
+    holder = of.route(snapshot, need(SYSTEM[0]))
+    holder.load.tokens = 3_000
+    assert of.route(snapshot, need(SYSTEM[0])) is holder, "what it has in flight weighs less than a prefill"
+    holder.load.tokens = 6_000
+    assert of.route(snapshot, need(SYSTEM[0])) is not holder
+
+
+@pytest.mark.parametrize("state", ["full", "open", "tried", "other provider", "small"])
+def test_affinity_never_overrides_a_filter(state):
+    engines = [engine(str(number), context=8192) for number in range(4)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    holder = of.route(snapshot, need(SYSTEM[0]))
+    wanted = need(SYSTEM[0])
+    if state == "full":
+        holder.load.turns, holder.load.cap = 1, 1
+    elif state == "open":
+        holder.breaker.is_open = True
+    elif state == "tried":
+        wanted.tried = [holder]
+    elif state == "other provider":
+        engines.append(engine("theirs", account=2))
+        snapshot, wanted.account_id = Snapshot.of(engines, 1), 2
+    else:
+        holder.models = {M: type(holder.models[M])(M, 512)}
+        snapshot, wanted.context = Snapshot.of(engines, 1), 1000
+    assert of.route(snapshot, wanted) is not holder
+
+
+def test_nobody_gets_much_more_than_its_share_however_popular_a_prompt_is():
+    engines = [engine(str(number)) for number in range(4)]
+    snapshot, of = Snapshot.of(engines, 1), router(routing_share_max=1.2)
+    for one in engines:
+        one.began(1000)
+    counts = Counter(of.route(snapshot, need(SYSTEM[0])).key for _ in range(4000))
+    assert max(counts.values()) <= 1.3 * 1000
+    assert min(counts.values()) > 500
+
+
+def test_somebody_who_talks_to_an_idle_pool_alone_stays_with_one_engine():
+    engines = [engine(str(number)) for number in range(8)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    assert len({of.route(snapshot, need(SYSTEM[0] + b"x" * 500 * turn)) for turn in range(40)}) == 1
+
+
+def test_shares_live_on_in_the_next_snapshot_and_in_ever_larger_numbers():
+    engines = [engine(str(number)) for number in range(2)]
+    snapshot = Snapshot.of(engines, 1)
+    group = snapshot.groups[M, "generate", None]
+    for _ in range(60_000):
+        group.place(engines[0])
+    assert group.unit < 1e101
+    group.place(engines[1])
+    after = Snapshot.of(engines[:1], 1, before=snapshot).groups[M, "generate", None]
+    assert after.placed == {engines[0]: group.placed[engines[0]]}
+    assert after.total == pytest.approx(group.total - group.placed[engines[1]])
+
+
+def run(
+    router_: Router, snapshot: Snapshot, turns: int, capacity: int, rng: random.Random
+) -> tuple[float, Counter[str]]:
+    """The share of turns whose system prompt was in the cache of their engine, which holds the last `capacity` of them."""
+    caches: dict[str, dict[int, None]] = {}
+    hits, counts = 0, Counter[str]()
+    flying: list[tuple[Engine, int]] = []
+    for turn in range(turns):
+        number = rng.randrange(len(SYSTEM))
+        wanted = need(SYSTEM[number] + b"%08d" % turn)
+        one = router_.route(snapshot, wanted)
+        one.began(wanted.tokens)
+        flying.append((one, wanted.tokens))
+        if len(flying) > 8:
+            over, tokens = flying.pop(rng.randrange(8))
+            over.ended(tokens)
+        cache = caches.setdefault(one.key, {})
+        hits += number in cache
+        cache.pop(number, None)
+        cache[number] = None
+        if len(cache) > capacity:
+            del cache[next(iter(cache))]
+        counts[one.key] += 1
+    return hits / turns, counts
+
+
+@pytest.mark.parametrize(("nodes", "gain"), [(2, 1.6), (4, 2.2)])
+def test_caches_are_hit_far_more_often_than_at_random_and_the_load_stays_even(nodes, gain):
+    def pool() -> Snapshot:
+        engines = [engine(f"node-{number}/e0") for number in range(nodes)]
+        for one in engines:
+            one.held.tokens_max = 21 * 1020
+        return Snapshot.of(engines, nodes)
+
+    hits, counts = run(router(), pool(), 4000, 21, random.Random(1))
+    at_random, _ = run(router(routing_policy="load", choice_sample=1), pool(), 4000, 21, random.Random(1))
+    assert hits >= gain * at_random
+    assert max(counts.values()) <= 1.3 * 4000 / nodes
+
+
+def test_two_workers_that_do_not_talk_send_a_prompt_to_the_same_engine():
+    snapshots = [Snapshot.of([engine(f"node-{number}/e0") for number in range(6)], 1) for _ in range(2)]
+    routers = [router(), router()]
+    same = sum(
+        len({of.route(snapshot, need(system)).key for of, snapshot in zip(routers, snapshots, strict=True)})
+        == 1
+        for system in SYSTEM
+    )
+    assert same >= 0.8 * len(SYSTEM)
+
+
+# --- wishes --------------------------------------------------------------------------------------------------------
+
+
+def chosen(engines: Sequence[Engine], wishes: Wishes, times: int = 20, of: Router | None = None) -> set[str]:
+    snapshot, of = Snapshot.of(engines, 1), of or router()
+    return {of.route(snapshot, need(wishes=wishes)).key for _ in range(times)}
+
+
+def marked(name: str, **facts: Any) -> Engine:
+    one = engine(name)
+    for field, value in facts.items():
+        setattr(one, field, value)
+    return one
+
+
+def test_a_session_goes_back_to_its_engine_while_that_is_not_much_busier():
+    engines = [engine(str(number)) for number in range(8)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    wanted = need(wishes=Wishes(session="s"))
+    first = of.route(snapshot, wanted)
+    assert {of.route(snapshot, wanted) for _ in range(5)} == {first}
+    first.load.tokens = 100_000
+    assert of.route(snapshot, wanted) is not first, "a hint, not a pin"
+
+
+def test_sessions_of_different_accounts_have_nothing_to_do_with_each_other_and_are_few():
+    engines = [engine(str(number)) for number in range(8)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    for client in range(10):
+        of.route(snapshot, need(wishes=Wishes(session="s"), client=client))
+    assert list(of._sessions) == [(client, "s") for client in (7, 8, 9)]
+
+
+def test_a_region_is_preferred_and_left_where_it_is_overrun():
+    near, far = marked("near", region="ruh-1"), marked("far", region="jed-1")
+    wishes = Wishes(region="ruh-1")
+    assert chosen([near, far], wishes, times=5) == {"near"}
+    near.load.tokens = 100_000
+    assert chosen([near, far], wishes) == {"far"}
+
+
+def test_caps_hold():
+    engines = [
+        marked("cheap", price_percent=80, tier=1), marked("good", price_percent=150, tier=3), marked("plain"),
+    ]  # fmt: skip
+    assert chosen(engines, Wishes(price_percent_max=80)) == {"cheap"}
+    assert chosen(engines, Wishes(tier_min=2)) == {"good"}
+    with pytest.raises(NoEngine) as nobody:
+        chosen(engines, Wishes(tier_min=2, price_percent_max=100))
+    assert not nobody.value.is_full
+    engines[1].load.turns = engines[1].load.cap = 1
+    with pytest.raises(NoEngine) as full:
+        chosen(engines, Wishes(tier_min=2))
+    assert full.value.is_full
+
+
+def test_reputation_counts_where_the_operator_wants_it():
+    engines = [marked("good"), marked("bad", reputation=0.2)]
+    engines[0].load.tokens = 800
+    assert chosen(engines, Wishes(session="x"), times=1, of=router()) == {"bad"}
+    assert chosen(engines, Wishes(session="x"), times=1, of=router(routing_reputation_tokens=5000)) == {
+        "good"
+    }
+
+
+def test_a_long_prompt_looks_at_a_few_engines_of_ten_thousand():
+    engines = [engine(str(number)) for number in range(10_000)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    group = snapshot.groups[M, "generate", None]
+    _ = group.ring
+    seen: list[str] = []
+
+    class Load(type(engines[0].load)):  # type: ignore[misc]
+        @property
+        def in_tokens(self) -> float:
+            seen.append("look")
+            return 0.0
+
+    for one in engines:
+        one.load = Load()
+    for system in SYSTEM:
+        of.route(snapshot, need(system))
+    assert len(seen) <= 8 * len(SYSTEM)
