@@ -19,6 +19,7 @@ from gateway.identity.accounts import AccountStore
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
 from gateway.mail import MailFailed, SmtpMailer
+from nodes.events import trim_events
 from tests.fakes.provider_client import GPU, REGISTRATION, ProviderClient, call, registered
 from tests.fakes.up import free_port
 from tests.gateways import MODEL, TestGateway, running_gateway
@@ -538,6 +539,26 @@ async def test_gpu_metrics_are_a_sample_a_minute_for_their_owner_and_admins(gw):
     status, body = await call(gw, "GET", path, x_admin_token=ADMIN)
     assert (status, body["total"]) == (200, 2)
     assert (await call(gw, "GET", path, x_admin_token="wrong"))[0] == 401
+
+
+async def test_old_samples_and_events_are_deleted_and_of_the_others_the_newest_stay(gw):
+    node = await registered(gw)
+    await node.beat(gpu_status=GPU)
+    await gw.pool.execute(
+        "insert into gpu_samples (node_id, minute) select id, clock_timestamp() - interval '25 hours' from nodes"
+    )
+    await gw.pool.execute(
+        "insert into daemon_events (account_id, event_type, severity, at) select $1, n::text, 'info',"
+        " clock_timestamp() - case when n <= 10 then interval '31 days' else interval '0' end"
+        " from generate_series(1, 1015) n",
+        node.id,
+    )
+    await trim_events(gw.pool)
+    assert await gw.pool.fetchval("select count(*) from gpu_samples") == 1
+    kept = await gw.pool.fetchrow(
+        "select count(*), min(event_type::int), max(event_type::int) from daemon_events"
+    )
+    assert tuple(kept) == (1000, 16, 1015)
 
 
 async def test_a_host_without_a_gpu_has_no_samples(gw):

@@ -96,6 +96,17 @@ async def test_turns_and_faults_make_the_score(gw, node, engine):
     assert me["reliability_score"] == round(100 * 23 / 24, 2)
 
 
+async def test_the_caretaker_keeps_reputation_up_to_date(settings, pool):
+    async with running_gateway(replace(settings, developer_mode=True, reputation_s=0.1), pool) as gw:
+        node = await registered(gw)
+
+        async def is_judged() -> bool:
+            await node.beat()
+            return bool((await node.me())["uptime_percent"])
+
+        await eventually(is_judged)
+
+
 async def test_what_was_counted_is_kept_while_postgres_is_away(gw, node, engine, monkeypatch):
     await node.beat(engine.url)
     await eventually(node.is_routed)
