@@ -130,9 +130,10 @@ class ControlHub:
             session.node_id,
             extra={"action": "control_opened", "node": session.node_id},
         )
-        parts = {asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))}
+        parts = [asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))]
+        any_of: set[asyncio.Future[Any]] = {*parts, session.over}
         try:
-            await asyncio.wait({*parts, session.over}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:
                 part.cancel()

@@ -29,6 +29,7 @@ CONTRACT = {
 OURS = {
     "wanted": str,
     "commands": list,
+    "preferences": dict,
     "node_id": str,
     "epoch": int,
     "lease_s": float,

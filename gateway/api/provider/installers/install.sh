@@ -111,6 +111,7 @@ cat >"$dir/run" <<RUN
 set -a
 . "$dir/agent.env"
 set +a
+unset POOLGATE_DIR POOLGATE_AGENT_ARGS POOLGATE_ENGINE POOLGATE_SERVICE
 cd "$dir"
 exec "$in_venv" "$dir/launcher.py" --gateway $gateway --data-dir "$dir/data" $engine_args ${POOLGATE_AGENT_ARGS:-} "\$@"
 RUN
