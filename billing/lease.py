@@ -44,11 +44,11 @@ class Pot:
         "held_nano",
         "is_fresh",
         "is_small",
+        "is_used_told",
         "low_nano",
         "recalled_s",
         "returned_nano",
         "small_until_s",
-        "used_nano",
     )
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Pot:
         self.held_nano = 0
         self.returned_nano = 0  # not free any more, whether or not PostgreSQL knows it yet
         self.confirmed_nano = 0  # of what was returned: what PostgreSQL has
-        self.used_nano = 0  # of what was settled: what PostgreSQL knows of
+        self.is_used_told = True  # PostgreSQL knows of all that was settled
         self.block_nano = 0  # what it wants to have free
         self.low_nano = 0  # below this it is filled again
         self.is_small = False  # what no waiting turn needs goes back at once
@@ -80,7 +80,7 @@ class Pot:
     @property
     def is_told(self) -> bool:
         """PostgreSQL knows all that was returned and used."""
-        return self.returned_nano == self.confirmed_nano and self.settled_nano == self.used_nano
+        return self.is_used_told and self.returned_nano == self.confirmed_nano
 
     @property
     def is_empty(self) -> bool:
@@ -96,6 +96,8 @@ class Pot:
         """End a hold: `charged_nano` of it are settled, the rest is free again."""
         self.held_nano -= held_nano
         self.free_nano += held_nano - charged_nano
+        if charged_nano:
+            self.is_used_told = False
 
     def grant(self, amount_nano: int) -> None:
         """PostgreSQL gave so much more."""
@@ -120,7 +122,12 @@ class Pot:
         else:
             self.grant(max(row.granted_nano - self.granted_nano, -self.free_nano))
         self.is_fresh = False
-        self.confirmed_nano, self.used_nano = row.returned_nano, row.used_nano
+        self.told(row.returned_nano, row.used_nano)
+
+    def told(self, returned_nano: int, used_nano: int) -> None:
+        """PostgreSQL knows of so much that was returned and settled, in all."""
+        self.confirmed_nano = returned_nano
+        self.is_used_told = used_nano == self.settled_nano
 
 
 def fit(amount_nano: int, least_nano: int | None, room_nano: int) -> int:

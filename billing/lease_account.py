@@ -18,8 +18,8 @@ Ended: TypeAlias = Callable[["AccountLease"], None]
 Purse: TypeAlias = tuple[tuple[Pot, ...], tuple[tuple[int, float], ...]]
 """What a turn is held from: pots; and of those that are budgets', the budget's id and its window's start in unix seconds."""
 
-UNTOLD = (-1, -1)
-"""What PostgreSQL has been told is free and held, where that is not known."""
+UNTOLD = -1
+"""What PostgreSQL has been told is free, where that is not known."""
 
 
 class InsufficientFunds(Exception):
@@ -130,7 +130,8 @@ class AccountLease:
     refused: Refusal | None = None
     poll_s: float = 0.0
     poll: asyncio.TimerHandle | None = None
-    told: tuple[int, int] = (0, 0)  # free and held, as last reported
+    told_free_nano: int = 0  # as last reported
+    told_held_nano: int = 0
     hold_nano: int = 0  # about what its turns hold
     peak_nano_s: int = 0
     spent_nano: int = 0  # settled and held when the peak was last measured

@@ -33,8 +33,7 @@ class Change:
     used_nano: int
 
     def commit(self) -> None:
-        self.pot.confirmed_nano = self.returned_nano
-        self.pot.used_nano = self.used_nano
+        self.pot.told(self.returned_nano, self.used_nano)
         self.pot.grant(self.coming_nano)
 
 
@@ -262,7 +261,7 @@ def _enter(account: AccountLease, pot: Pot, source: Source, coming_nano: int, pl
     )  # fmt: skip
     if pot is account.wallet:
         plan.wallets[account.id] = entry
-        account.told = (entry.free_nano, entry.held_nano)
+        account.told_free_nano, account.told_held_nano = entry.free_nano, entry.held_nano
     else:
         window = next(window for window in account.all_windows() if window.pot is pot)
         plan.windows[window.budget_id, window.starts_at] = entry

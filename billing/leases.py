@@ -49,8 +49,8 @@ BEATS_IN_GRACE = 20
 LIVE_BEATS = 4
 """Processes heard of within so many beats share the wallets."""
 
-REPORT_MAX = 5_000
-"""Leases reported in one statement."""
+REPORT_MAX = 1_000
+"""Leases reported in one statement: what a larger one needs for a moment would stay with the process."""
 
 SWEEP_MIN = 1_000
 """Accounts looked at in one round of housekeeping, at least; all of them are seen once in `lease_idle_s`."""
@@ -361,28 +361,27 @@ class SpendLeases:
         """Tell what is free and held of the leases that changed. What can't be told is told in the next round, and so is
         what the teller wrote meanwhile: which of the two came last can't be known.
         """
-        rows = []
-        reported: list[tuple[AccountLease, tuple[int, int]]] = []
-        changed, self._changed = list(self._changed), set()
-        for account in changed:
-            now = (max(0, account.wallet.free_nano), account.wallet.held_nano)
-            if now != account.told and not account.wallet.is_fresh:
-                account.told = now
-                rows.append((account.id, *now))
-                reported.append((account, now))
-        try:
-            for start in range(0, len(rows), REPORT_MAX):
+        changed, self._changed = self._changed, set()
+        while changed:
+            batch = [changed.pop() for _ in range(min(REPORT_MAX, len(changed)))]
+            told = [account for account in batch if _tell(account)]
+            rows = [(account.id, account.told_free_nano, account.told_held_nano) for account in told]
+            if not rows:
+                continue
+            try:
                 async with transaction(self._pool, self._settings.database_timeout_s) as connection:
-                    await report(connection, self._incarnation.id, rows[start : start + REPORT_MAX])
-        except AWAY as error:
-            self._teller.note_away(error)
-            for account in changed:
-                account.told = UNTOLD
-            self._changed.update(changed)
-        for account, now in reported:
-            if account.told != now:
-                account.told = UNTOLD
-                self._changed.add(account)
+                    await report(connection, self._incarnation.id, rows)
+            except AWAY as error:
+                self._teller.note_away(error)
+                changed.update(batch)
+                for account in changed:
+                    account.told_free_nano = UNTOLD
+                self._changed.update(changed)
+                return
+            for account, row in zip(told, rows, strict=True):
+                if row != (account.id, account.told_free_nano, account.told_held_nano):
+                    account.told_free_nano = UNTOLD
+                    self._changed.add(account)
 
     def _sweep(self, now_s: float) -> None:
         """Give back what is idle; a slice of the accounts a round, so that no round is long."""
@@ -407,7 +406,7 @@ class SpendLeases:
         if account.is_busy or account.waiters or self._accounts.get(account.id) is not account:
             return
         wallet = account.wallet
-        if account.is_empty and (wallet.is_fresh or account.told == (0, 0) or not wallet.granted_nano):
+        if account.is_empty and (wallet.is_fresh or _is_told_empty(account) or not wallet.granted_nano):
             account.stop_polling()
             del self._accounts[account.id]
             self._teller.failed.discard(account)
@@ -417,6 +416,20 @@ class SpendLeases:
         account.is_dropping = True
         self._changed.add(account)  # also what could not be told is told once more
         self._teller.bring(account)
+
+
+def _tell(account: AccountLease) -> bool:
+    """Note what is free and held as told; False where it was told before, or is not ours to tell yet."""
+    wallet = account.wallet
+    free_nano, held_nano = max(0, wallet.free_nano), wallet.held_nano
+    if wallet.is_fresh or (free_nano == account.told_free_nano and held_nano == account.told_held_nano):
+        return False
+    account.told_free_nano, account.told_held_nano = free_nano, held_nano
+    return True
+
+
+def _is_told_empty(account: AccountLease) -> bool:
+    return account.told_free_nano == 0 and account.told_held_nano == 0
 
 
 def _trusted_s(settings: Settings) -> float:

@@ -271,7 +271,7 @@ class Teller:
         """For now: their waiting turns are refused, and they are brought again in a while."""
         now_s = self._clock.monotonic()
         for account in batch:
-            account.told = UNTOLD
+            account.told_free_nano = UNTOLD
             serve_smaller(account, now_s, self.generation, self._ended)
         self.failed.update(batch)
         self._refuse_all(batch)

@@ -14,8 +14,9 @@ from billing.prices import cost_nano
 from billing.usage import UsageRecord
 from config.defaults import Settings
 from gateway.admission import Admission
-from gateway.dispatch import Dispatcher, Flight
+from gateway.dispatch import Dispatcher
 from gateway.errors import ApiError, Unavailable, error_event
+from gateway.flight import Flight
 from gateway.identity.keyring import Principal
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens
@@ -25,8 +26,8 @@ from nodes.registry import Registry
 
 log = logging.getLogger("poolgate.turns")
 
-LATE_S = 1.0
-"""How often turns without a task are looked at for being late: `answer_timeout_s` is minutes."""
+Landed = Callable[[Flight], None]
+"""Told once that a flight is over: its answer was sent, or its `error` is set and `carry` goes on from there."""
 
 
 def restarting() -> Unavailable:
@@ -66,15 +67,22 @@ class Lifecycle:
         """One whole turn. Raises ApiError only while nothing was sent to the client."""
         turn = await self._admission.admit(ask, principal, request_id)
         turn.idempotency_key = idempotency_key
-        return await self.carry(turn, down)
+        await self.carry(turn, down)
+        return turn
 
-    async def carry(self, turn: Turn, down: Downstream, flight: Flight | None = None) -> Turn:
-        """An admitted turn, or what a flight left of one, to its end. Raises ApiError only while nothing was sent."""
+    async def carry(
+        self, turn: Turn, down: Downstream, failed: Flight | None = None, landed: Landed | None = None
+    ) -> Flight | None:
+        """An admitted turn, or what a `failed` flight left of one, to its end. Raises ApiError only while nothing was sent.
+
+        With `landed` only until it is under way: then its flight is returned.
+        """
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        flight = None
         try:
-            await self._dispatcher.dispatch(turn, down, flight)
+            flight = await self._dispatcher.dispatch(turn, down, failed, landed)
         except ApiError as error:
             self._refuse(turn, down, error)
         except asyncio.CancelledError:
@@ -93,20 +101,24 @@ class Lifecycle:
         finally:
             self._running.discard(task)
             self._cut.discard(task)
-            self._settle(turn)
-        return turn
+            if flight is None:
+                self._settle(turn)
+        return flight
 
     # --- without a task -----------------------------------------------------------------------------------------
+
+    async def send_off(
+        self, ask: Ask, principal: Principal, request_id: str, down: Downstream, landed: Landed
+    ) -> Flight | None:
+        """Admit a turn and `carry` it until it is under way."""
+        return await self.carry(await self._admission.admit(ask, principal, request_id), down, landed=landed)
 
     def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
         """The turn, if memory alone can tell that it may begin; None: `run` it. Raises ApiError."""
         return self._admission.try_admit(ask, principal, request_id)
 
-    def launch(self, turn: Turn, down: Downstream, landed: Callable[[Flight], None]) -> Flight | None:
-        """Send an admitted turn off without a task; None: `carry` it. Raises ApiError, having sent nothing.
-
-        `landed` is called once, when the answer was sent, or with `flight.error` set, and then `carry` goes on from there.
-        """
+    def launch(self, turn: Turn, down: Downstream, landed: Landed) -> Flight | None:
+        """Send an admitted turn off without a task; None: `carry` it. Raises ApiError, having sent nothing."""
         try:
             return self._dispatcher.launch(turn, down, landed)
         except ApiError as error:
@@ -154,9 +166,9 @@ class Lifecycle:
             flight.fail(restarting())
 
     async def run_clock(self) -> None:
-        """End what takes longer than it may and has no task to see to it, until cancelled."""
+        """End what takes longer than it may, and tell clients that wait, until cancelled."""
         while True:
-            await asyncio.sleep(LATE_S)
+            await asyncio.sleep(self._dispatcher.late_s)
             self._dispatcher.end_late()
 
     def _covers(self, turn: Turn, tokens: Tokens) -> int:

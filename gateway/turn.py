@@ -17,6 +17,7 @@ from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
+from gateway.relay.faults import EngineFault
 from gateway.relay.taps import Tap
 from nodes.routing.snapshot import Engine
 
@@ -66,6 +67,7 @@ class Turn:
     """One request in flight. `tokens` are those to be charged: what was written to the client, not what was produced.
 
     `sent` is the body for the engine; a stream that has begun needs neither it nor the request's body any more.
+    `load_tokens`: what it counts for as load on its engine. `faults`: of the engines that were tried in vain, in order.
     """
 
     id: uuid.UUID
@@ -83,6 +85,8 @@ class Turn:
     engine: Engine | None = None
     tokens: Tokens = field(default_factory=lambda: NO_TOKENS)
     sent: bytes = b""
+    load_tokens: int = 0
+    faults: tuple[tuple[Engine, EngineFault], ...] = ()
     outcome: Outcome = "refused"
     status: int = 0
     first_event_s: float | None = None

@@ -1,7 +1,7 @@
 """Inference straight off the connection: what the edge does with a plain request for a turn.
 
-Where memory knows the key, can admit the turn and has a connection to an engine at hand, a whole answer takes no task: it is
-sent off here and comes back through callbacks. Everything else goes on in a task, through the same lifecycle.
+Where memory knows the key, can admit the turn and has a connection to an engine at hand, the turn is sent off here and comes
+back through callbacks. Where something has to be waited for, a task does that, until the turn is under way.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from config.defaults import Settings
 from config.metrics import Metrics
 from gateway.api.credentials import NO_KEY, check_scope, key_in, principal_of
 from gateway.api.inference import SCOPE, AskOf, log_crash
-from gateway.dispatch import Flight
 from gateway.edge.head import Head
 from gateway.edge.refusals import new_request_id, refusal
 from gateway.errors import ApiError, InvalidApiKey
+from gateway.flight import Flight
 from gateway.idempotent import KeyedTurns, key_of
 from gateway.identity.keyring import KeyRing, Principal
 from gateway.lifecycle import Lifecycle
@@ -105,11 +105,11 @@ class EdgeTurn(HttpDownstream):
             ask = self._head.for_(body, turns.settings)
             turn = self._turn = turns.lifecycle.try_admit(ask, principal, self.request_id)
             if turn is None:
-                self._go_on(turns.lifecycle.run, ask, principal, self.request_id, self)
+                self._go_on(turns.lifecycle.send_off, ask, principal, self.request_id, self, self._landed)
                 return
             self._flight = turns.lifecycle.launch(turn, self, self._landed)
             if self._flight is None:
-                self._go_on(turns.lifecycle.carry, turn, self)
+                self._go_on(turns.lifecycle.carry, turn, self, None, self._landed)
         except ApiError as error:
             self._refuse(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
@@ -144,19 +144,22 @@ class EdgeTurn(HttpDownstream):
         if flight.error is None:
             self._connection.answered(self, keep_alive=self.keep_alive)
         else:
-            self._go_on(self._turns.lifecycle.carry, flight.turn, self, flight)
+            self._go_on(self._turns.lifecycle.carry, flight.turn, self, flight, self._landed)
 
     # --- in a task ------------------------------------------------------------------------------------------------
 
-    def _go_on(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
+    def _go_on(self, work: Callable[..., Coroutine[Any, Any, Flight | None]], *given: Any) -> None:
         self._task = asyncio.get_running_loop().create_task(self._carry_out(work, *given), name="turn")
         self._task.add_done_callback(self._ended)
 
-    async def _carry_out(self, work: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> None:
-        """`work`, and what became of it told to the client and its connection."""
+    async def _carry_out(self, work: Callable[..., Coroutine[Any, Any, Flight | None]], *given: Any) -> None:
+        """`work` until the turn is under way or over, and what became of it told to the client and its connection."""
         keep_alive = False
         try:
-            await work(*given)
+            flight = await work(*given)
+            if flight is not None:
+                self._flight, self._turn, self._task = flight, flight.turn, None
+                return
             keep_alive = self.keep_alive
         except ClientGone:
             pass
@@ -170,14 +173,15 @@ class EdgeTurn(HttpDownstream):
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         """A task that was cancelled before it began has settled nothing."""
-        if self._turn is not None:
-            self._turns.lifecycle.leave(self._turn, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            if self._turn is not None:
+                self._turns.lifecycle.leave(self._turn, None)
+        elif (error := task.exception()) is not None:
             log.error("a request escaped its task", exc_info=error, extra={
                 "action": "request_crashed", "request_id": self.request_id,
             })  # fmt: skip
 
-    async def _from_the_key(self, body: bytes) -> None:
+    async def _from_the_key(self, body: bytes) -> Flight | None:
         """From the look-up of the key on, and with an Idempotency-Key."""
         turns, head = self._turns, self._head
         secret = turns.secret_of(head)
@@ -187,10 +191,10 @@ class EdgeTurn(HttpDownstream):
         key = key_of(None if field is None else field.decode("latin-1"))
         ask: Ask = head.for_(body, turns.settings)
         if key is None:
-            await turns.lifecycle.run(ask, principal, self.request_id, self)
-            return
+            return await turns.lifecycle.send_off(ask, principal, self.request_id, self, self._landed)
         request_hash = turns.keyed_turns.request_hash("POST", head.target.decode("ascii"), body)
         await turns.keyed_turns.run(ask, principal, self.request_id, self, key=key, request_hash=request_hash)
+        return None
 
     # --- saying no ------------------------------------------------------------------------------------------------
 

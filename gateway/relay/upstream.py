@@ -1,7 +1,8 @@
 """Our own HTTP/1.1 connection to an engine: a raw asyncio protocol over llhttp, used again for turn after turn.
 
 It owns sockets and bytes on the engine's side; what the bytes mean is `gateway.relay.taps`, and which engine to ask is
-`nodes.routing`. Once a sink is attached every piece goes straight from the socket to it: no task wakes for a chunk.
+`nodes.routing`. Whoever asked is told by a callback what came of it, and once a sink is attached every piece of the body
+goes straight to that: no task waits for an answer or wakes for a chunk.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ log = logging.getLogger("poolgate.relay")
 Sink = Callable[[bytes], None]
 
 READ_AHEAD_BYTES = 65536
-"""What may come of a body before whoever waits for it looks: libuv reads up to 8 MB before it lets a task run."""
+"""What may come of a body before whoever asked lets more of it come: libuv reads up to 8 MB in one go."""
 
 LINGER_S = 1.0
 """How long a finished stream's connection may take to bring its last chunk before it is closed instead of kept."""
@@ -36,25 +37,26 @@ class ConnectFailed(UpstreamLost):
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection; `begin` starts a turn on it, `changed` waits for news, `attach` lets the body flow."""
+    """One connection; `begin` starts a turn on it and says who gets the news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_come", "_is_between_chunks", "_keeps_alive", "_linger", "_look_at_bytes", "_loop", "_over", "_parser", "_pool",
-        "_sink", "_waiter", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s", "parts", "status",
-        "transport", "turns",
+        "_come", "_is_between_chunks", "_is_parsing", "_keeps_alive", "_lacking", "_linger", "_look_at_bytes", "_loop",
+        "_news", "_parser", "_pool", "_sink", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s",
+        "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
         self._loop = loop
         self._pool = pool
-        self._waiter: asyncio.Future[None] | None = None
-        self._over: Callable[[], None] | None = None
+        self._news: Callable[[], None] | None = None
         self._sink: Sink | None = None
         self.is_paused = False
         self.transport: Any = None
         self.closed = False
         self.turns = 0
         self._parser = httptools.HttpResponseParser(self)
+        self._is_parsing = False  # llhttp has seen some of this answer, so it sees all of it
+        self._lacking = 0  # bytes of a plain answer that are still to come
         self._keeps_alive = False
         self._look_at_bytes = READ_AHEAD_BYTES
         self._linger: asyncio.TimerHandle | None = None
@@ -69,15 +71,16 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- the turn's side --------------------------------------------------------------------------------------
 
-    def begin(self, request: bytes, over: Callable[[], None] | None = None) -> None:
+    def begin(self, request: bytes, news: Callable[[], None]) -> None:
         """Send one request. The caller releases the connection, or closes it, exactly once afterwards.
 
-        `over` is called when the answer has ended, or more of it came than may before `read_on`; without it, `changed` waits
-        for any news.
+        `news` is called when something came that no sink got: a status, some of the body, its end or a failure. It must not
+        raise. After READ_AHEAD_BYTES no more comes before `read_on`.
         """
         self.status = 0
-        self._is_between_chunks = False
-        self._over = over
+        self._is_between_chunks = self._is_parsing = False
+        self._lacking = 0
+        self._news = news
         self.parts.clear()
         self.buffered = 0
         self._look_at_bytes = READ_AHEAD_BYTES
@@ -96,29 +99,10 @@ class UpstreamConnection(asyncio.Protocol):
         """An idle connection that turned out to be closed already: the request may be sent again on a new one."""
         return self.turns > 1 and self.status == 0 and self.failure is not None
 
-    async def changed(self, timeout_s: float) -> None:
-        """Wait until headers, buffered bytes, the end or a failure arrives, or `poke` is called, or time is up."""
-        if self.is_over:
-            return
-        self.read_on()
-        waiter = self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, self.poke)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-
     def read_on(self) -> None:
-        """Let more of the body come before there is news of it again."""
+        """Let more of the body come before it is read no more."""
         self._look_at_bytes = self.buffered + READ_AHEAD_BYTES
         self.resume()
-
-    def poke(self) -> None:
-        """Wake whoever waits in `changed`."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
 
     def take(self) -> bytes:
         """The body bytes that came so far, which are then forgotten."""
@@ -155,7 +139,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         After `[DONE]` the last chunk's few bytes may still be on their way: they get LINGER_S to come.
         """
-        self._sink = self._over = None
+        self._sink = self._news = None
         if self.closed or self.is_paused or self.failure is not None or self._pool is None:
             self.close()
         elif self.complete:
@@ -180,7 +164,7 @@ class UpstreamConnection(asyncio.Protocol):
     def close(self) -> None:
         """Close at once, unsent bytes and all. This is how an engine learns that its work is not wanted: vLLM aborts
         within 65 ms."""
-        self._sink = None
+        self._sink = self._news = None
         self._end_linger()
         if not self.closed:
             self.closed = True
@@ -193,13 +177,44 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        if self.is_over:
+        if self.complete or self.failure is not None:
             self.close()  # bytes that nobody asked for: this connection can't be trusted with another turn
             return
         self.last_data_s = self._loop.time()
-        if self._is_between_chunks and self._sink is not None and (body := one_chunk(data)) is not None:
+        if self._is_parsing:
+            if self._is_between_chunks and self._sink is not None and (body := one_chunk(data)) is not None:
+                self._pass_on(body)
+                return
+            self._parse(data)
+        elif self._lacking:
+            self._take_plain(data)
+        elif (head := PLAIN_HEAD.match(data)) is not None and (lacking := int(head[1])):
+            self.status = 200
+            self._keeps_alive = True
+            self._lacking = lacking
+            if len(data) > head.end():
+                self._take_plain(data[head.end() :])
+        else:
+            self._is_parsing = True
+            self._parse(data)
+        if (self._sink is None or self.complete) and self._news is not None:
+            self._news()
+
+    def _take_plain(self, body: bytes) -> None:
+        """Some of the body of an answer whose head was plain."""
+        if len(body) > self._lacking:  # the beginning of an answer that nobody asked for
+            body = body[: self._lacking]
+            self._keeps_alive = False
+        self._lacking -= len(body)
+        self.complete = self._lacking == 0
+        if self._sink is not None:
             self._pass_on(body)
             return
+        self._buffer(body)
+        if self.complete:
+            self.resume()
+
+    def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
@@ -238,13 +253,17 @@ class UpstreamConnection(asyncio.Protocol):
     def _fail(self, failure: UpstreamLost) -> None:
         if self.failure is None and not self.complete:
             self.failure = failure
+        news = self._news
         self.close()
-        self.poke()
-        self._tell_over()
+        if news is not None:
+            news()
 
-    def _tell_over(self) -> None:
-        if self._over is not None:
-            self._over()
+    def _buffer(self, body: bytes) -> None:
+        """Keep it for `take`."""
+        self.parts.append(body)
+        self.buffered += len(body)
+        if self.buffered >= self._look_at_bytes and not self.complete:
+            self.pause()
 
     # --- llhttp's side ----------------------------------------------------------------------------------------
 
@@ -256,18 +275,12 @@ class UpstreamConnection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status >= 200:  # 100 Continue and 103 Early Hints come before the answer
             self.status = status
-            self.poke()
 
     def on_body(self, body: bytes) -> None:
         if self._sink is not None:
             self._come.append(body)
         else:
-            self.parts.append(body)
-            self.buffered += len(body)
-            if self.buffered >= self._look_at_bytes:
-                self.pause()
-                self._tell_over()
-            self.poke()
+            self._buffer(body)
 
     def on_chunk_header(self) -> None:
         self._is_between_chunks = False
@@ -284,11 +297,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._keeps_alive = self._parser.should_keep_alive()
             if self._linger is not None:
                 self._go_idle()
-            elif self._over is not None:
-                self._over()
-            else:
-                self.poke()
 
+
+PLAIN_HEAD = re.compile(
+    rb"HTTP/1\.1 200 OK\r\n(?:(?:date|server): [\x20-\x7e]*\r\n)*"
+    rb"content-length: (\d{1,9})\r\n(?:(?:content-type|vary|x-request-id): [\x20-\x7e]*\r\n)*\r\n"
+)
+"""A head as vLLM's server writes it above a whole answer; llhttp need not see those. With another field it is not plain."""
 
 CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
 

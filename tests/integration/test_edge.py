@@ -531,7 +531,7 @@ async def test_a_failure_inside_poolgate_is_a_500_without_its_cause(gw, monkeypa
     async def broken(*_: Any) -> None:
         raise RuntimeError("the secret cause")
 
-    monkeypatch.setattr(gw.gateway.lifecycle, "run", broken)
+    monkeypatch.setattr(gw.gateway.lifecycle, "send_off", broken)
     async with wire(gw) as client:
         reply = await (await client.send(chat(gw))).reply()
         assert is_openai(reply, 500, "internal_error")
@@ -561,7 +561,7 @@ async def test_a_key_is_in_no_log_wherever_it_was_sent(gw, engine, caplog, monke
     await gw.register(engine.url)
     secret = "sk-pg-THE-SECRET-of-somebody"
 
-    async def broken(*_: Any) -> None:
+    def broken(*_: Any) -> None:
         raise RuntimeError("a crash is logged with its path")
 
     def everywhere() -> list[bytes]:
@@ -588,7 +588,8 @@ async def test_a_key_is_in_no_log_wherever_it_was_sent(gw, engine, caplog, monke
                 assert secret.encode() not in reply.body
 
     await send_all()
-    monkeypatch.setattr(gw.gateway.lifecycle, "run", broken)
+    for way_in in ("try_admit", "run"):
+        monkeypatch.setattr(gw.gateway.lifecycle, way_in, broken)
     await send_all()
     text = caplog.text + " ".join(str(record.__dict__) for record in caplog.records)
     assert "request_crashed" in text

@@ -1,4 +1,4 @@
-"""Whole answers that take no task: the second on a warm connection is sent off and comes back through callbacks.
+"""Turns that take no task: sent off on a warm connection, they come back through callbacks; on a new one once it is made.
 
 Whatever way such a turn ends, it is what a turn in a task would have come to, and nothing of it is left.
 """
@@ -59,6 +59,42 @@ async def test_a_warm_whole_answer_takes_no_task(gw, engines):
     assert gw.gateway.lifecycle.in_flight == 1
     asking.cancel()
     await eventually(lambda: nothing_is_left(gw))
+
+
+async def test_a_stream_takes_a_task_only_until_it_is_under_way(gw, engine):
+    await engine.knobs(pace_ms=60_000)
+    await gw.register(engine.url)
+    for _ in range(2):  # on a new connection, then on an idle one beside it
+        reply = await gw.post(PATH, ASK | {"stream": True})
+        assert reply.status == 200
+        assert gw.gateway.lifecycle._running == set()
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "turn"]
+    assert flights(gw) == gw.gateway.lifecycle.in_flight == 2
+
+
+async def test_a_client_that_leaves_a_stream_pays_for_what_it_got(gw, engine):
+    await warmed(gw, engine)
+    await engine.knobs(pace_ms=20)
+    reply = await gw.post(PATH, ASK | {"stream": True, "max_tokens": 1500, "ignore_eos": True})
+    for _ in range(6):
+        await reply.content.readuntil(b"\n\n")
+    reply.close()
+    (record,) = await gw.settled(1)
+    assert (record.outcome, record.status, record.completion_tokens >= 5) == ("client_gone", 499, True)
+    assert record.amount_nano > 0
+    await engine.until(lambda told: told["requests"][-1]["aborted"])
+    assert nothing_is_left(gw)
+
+
+async def test_a_stream_that_outlives_the_grace_ends_with_an_error_event(settings, pool, engine):
+    async with running_gateway(replace(settings, shutdown_grace_s=0.0), pool) as gw:
+        await warmed(gw, engine)
+        await engine.knobs(pace_ms=60_000)
+        reply = await gw.post(PATH, ASK | {"stream": True})
+        await reply.content.readuntil(b"\n\n")
+        await gw.gateway.stop()
+        assert b"service_unavailable" in await reply.content.read()
+        assert [record.outcome for record in gw.records] == ["cut"]
 
 
 async def test_a_flights_answer_is_metered_as_any(gw, engine):

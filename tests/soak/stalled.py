@@ -46,7 +46,7 @@ class Size:
     client_stall_s: float
 
 
-SHORT = Size(clients=20, watched_s=1.0, client_stall_s=5.0)
+SHORT = Size(clients=20, watched_s=1.0, client_stall_s=8.0)
 LONG = Size(clients=50, watched_s=60.0, client_stall_s=75.0)
 
 

@@ -77,13 +77,16 @@ async def pool(server, settings) -> AsyncIterator[UpstreamPool]:
 
 
 async def over(connection: UpstreamConnection) -> None:
-    while not connection.is_over:
-        await connection.changed(30)
+    await eventually(lambda: connection.is_over)
+
+
+def ignored() -> None:
+    """What comes is looked at by the test itself."""
 
 
 async def begun(pool: UpstreamPool) -> UpstreamConnection:
     connection = pool.idle() or await pool.connect()
-    connection.begin(REQUEST)
+    connection.begin(REQUEST, ignored)
     return connection
 
 
@@ -201,24 +204,6 @@ async def test_a_sink_that_fails_ends_the_turn_and_not_the_process(pool, peer, c
     await over(connection)
     assert connection.closed
     assert [record.action for record in caplog.records] == ["relay_failed"]
-
-
-async def test_waiting_ends_when_time_is_up(pool, peer):
-    connection = await begun(pool)
-    await peer.heard()
-    await connection.changed(0.01)
-    assert not connection.is_over
-
-
-async def test_a_cancelled_wait_leaves_no_timer_and_no_waiter(pool, peer):
-    connection = await begun(pool)
-    waiting = asyncio.create_task(connection.changed(30))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    connection.poke()
-    assert connection._waiter is None
 
 
 # --- use again -----------------------------------------------------------------------------------------------------
@@ -389,7 +374,7 @@ async def test_a_request_that_crosses_the_engines_hang_up_is_known_to_be_stale(p
     connection.release()
     connection = pool.idle()
     peer.hangs_up()  # its FIN is on the way while we send
-    connection.begin(REQUEST)
+    connection.begin(REQUEST, ignored)
     await over(connection)
     assert connection.failure is not None
     assert connection.was_stale
@@ -481,3 +466,71 @@ async def test_a_stream_is_the_same_however_its_chunks_fall_into_reads(pool, pee
         assert b"".join(got) == b"".join(chunk.partition(b"\r\n")[2][:-2] for chunk in chunks) * 2
         assert connection.complete
         connection.close()
+
+
+# --- plain heads, which llhttp does not see --------------------------------------------------------------------------
+
+PLAIN = (
+    b"HTTP/1.1 200 OK\r\ndate: Sun, 22 Nov 2026 01:21:39 GMT\r\nserver: uvicorn\r\ncontent-length: 5\r\n"
+    b"content-type: application/json\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("cut", [len(PLAIN) + 5, len(PLAIN), len(PLAIN) + 2, len(PLAIN) - 1, 20])
+async def test_a_plain_answer_is_whole_however_it_is_cut(pool, peer, cut):
+    connection = await begun(pool)
+    await peer.heard()
+    data = PLAIN + b"12345"
+    await peer.says(data[:cut])
+    await asyncio.sleep(0.01)
+    if data[cut:]:
+        assert not connection.is_over
+        await peer.says(data[cut:])
+    await over(connection)
+    assert (connection.status, connection.complete, connection.take()) == (200, True, b"12345")
+    connection.release()
+    assert await answered(pool, peer) is connection, "and what comes next is read as ever"
+    assert connection.take() == b"ok"
+
+
+async def test_bytes_behind_a_plain_answer_are_no_part_of_it_and_end_the_connection(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(PLAIN + b"12345HTTP/1.1 200 OK\r\n")
+    await over(connection)
+    assert (connection.complete, connection.take()) == (True, b"12345")
+    connection.release()
+    assert connection.closed
+    assert pool.idle() is None
+
+
+async def test_a_plain_answer_that_breaks_off_is_a_failure(pool, peer):
+    connection = await begun(pool)
+    await peer.heard()
+    await peer.says(PLAIN + b"123")
+    peer.hangs_up()
+    await over(connection)
+    assert not connection.complete
+    assert connection.failure is not None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"connection: close", b"transfer-encoding: chunked", b"content-length: 6", b"upgrade: x", b"x: y\x00"],
+)
+async def test_a_head_with_anything_else_is_llhttps_to_judge(field):
+    data = PLAIN.replace(b"server: uvicorn", field)
+    assert upstream.PLAIN_HEAD.match(PLAIN)
+    assert not upstream.PLAIN_HEAD.match(data)
+    assert not upstream.PLAIN_HEAD.match(PLAIN.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n"))
+
+
+async def test_the_rest_of_a_plain_answer_goes_to_the_sink_too(pool, peer):
+    connection, got = await begun(pool), []
+    await peer.heard()
+    await peer.says(PLAIN + b"12")
+    await eventually(lambda: connection.buffered == 2)
+    connection.attach(got.append)
+    await peer.says(b"345")
+    await over(connection)
+    assert (connection.take(), got, connection.complete) == (b"12", [b"345"], True)
