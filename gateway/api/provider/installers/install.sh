@@ -214,3 +214,4 @@ fi
 }
 
 main </dev/null
+exit 0 # what a pipe of another system puts behind the script is not run
