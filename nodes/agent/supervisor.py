@@ -22,7 +22,7 @@ from nodes.agent.command import Command, Hardware, ModelSpec, engine_command, sh
 from nodes.agent.engine import END_GRACE_S, Engine
 from nodes.agent.orders import REST, SERVE, SERVING, SLEEP, Duty
 from nodes.agent.plan import Device, Need, Plan, Seat, Sitter, need_of, overfull, place
-from nodes.agent.probe import EngineProbe
+from nodes.agent.probe import PROBE_TIMEOUT_S, EngineProbe
 from nodes.agent.slot import Slot
 from nodes.agent.stopping import Stopping
 from nodes.protocol import ENGINES_MAX, READY, EngineLoad, EngineReport
@@ -151,10 +151,16 @@ class Supervisor:
     async def restart(self, engine_id: str) -> None:
         """Raises CannotServe."""
         engine = self.own(engine_id)
-        restarts = engine.slot.restarts
+        if not engine.is_up:
+            raise CannotServe(f"engine {engine_id} does not run: {engine.slot.reason or engine.slot.state}")
+        before = engine.life
         engine.orders.restart("restarted by command")
-        while engine.slot.restarts == restarts and not self._stopping.asked.is_set():  # noqa: ASYNC110 - seconds
-            await asyncio.sleep(LOOK_S)
+        try:
+            async with asyncio.timeout(self._ending_s):
+                while engine.life is before and not self._stopping.asked.is_set():  # noqa: ASYNC110 - seconds
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise CannotServe(f"engine {engine_id} did not end in time") from None
         await self._until_ready(engine)
 
     async def load(self, model: ModelSpec) -> None:
@@ -198,9 +204,8 @@ class Supervisor:
         return need_of(weights_bytes(model.folder), model.vram_gb, on_gpu=bool(self._gpus))
 
     async def _until_gone(self, names: Sequence[str]) -> None:
-        bound_s = self._settings.engine_drain_s + END_GRACE_S + self._settings.engine_poll_s + 5
         try:
-            async with asyncio.timeout(bound_s):
+            async with asyncio.timeout(self._ending_s):
                 while any(self._takes_memory(self._own(name)) for name in names):  # noqa: ASYNC110 - seconds
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
@@ -221,6 +226,13 @@ class Supervisor:
             raise CannotServe(
                 f"it is not ready after {self._settings.engine_start_timeout_s:.0f} s"
             ) from None
+
+    @property
+    def _ending_s(self) -> float:
+        """An engine that is told to end has done so within this, its last turns included."""
+        return (
+            self._settings.engine_drain_s + END_GRACE_S + self._settings.engine_poll_s + 2 * PROBE_TIMEOUT_S
+        )
 
     def _sitters(self) -> list[Sitter]:
         return [
