@@ -131,9 +131,9 @@ class ControlHub:
             extra={"action": "control_opened", "node": session.node_id},
         )
         parts = [asyncio.create_task(self._tell(session)), asyncio.create_task(self._hear(session))]
+        any_of: set[asyncio.Future[Any]] = {*parts, session.over}
         try:
-            waited: list[asyncio.Future[Any]] = [*parts, session.over]
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:
                 part.cancel()

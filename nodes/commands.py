@@ -76,20 +76,13 @@ class CommandStore:
 
     async def briefing(self, node_id: str) -> Briefing | None:
         """All that a node's agent is to know; None for an unknown node."""
-        node = uuid.UUID(node_id)
-        async with self._pool.acquire() as connection:
-            row = await connection.fetchrow(NODE, node)
-            if row is None:
-                return None
-            commands = await connection.fetch(PENDING, node)
+        row = await self._pool.fetchrow(BRIEFING, uuid.UUID(node_id))
+        if row is None:
+            return None
         wanted = WANTED_BY_STATE.get(row["state"], row["wanted"])  # its provider may have paused it
+        commands = tuple(Command(**given) for given in json.loads(row["commands"]))
         return Briefing(
-            row["account_id"],
-            row["is_approved"],
-            row["state"],
-            row["instance"],
-            wanted,
-            tuple(map(_command, commands)),
+            row["account_id"], row["is_approved"], row["state"], row["instance"], wanted, commands
         )
 
     async def progress(self, node_id: str, reports: Iterable[Progress]) -> None:
@@ -112,13 +105,17 @@ class CommandStore:
         await self._pool.execute(TRIM, kept_s)
 
 
-def _command(row: asyncpg.Record) -> Command:
-    return Command(row["id"], row["name"], json.loads(row["arguments"]))
-
-
-NODE = """
+# One round trip: each heartbeat asks it.
+BRIEFING = """
 select n.account_id, n.state, n.instance, n.wanted,
-    a.status = 'active' and a.is_provider and a.approval_status = 'approved' as is_approved
+    a.status = 'active' and a.is_provider and a.approval_status = 'approved' as is_approved,
+    (
+        select coalesce(jsonb_agg(
+            jsonb_build_object('id', c.id, 'name', c.name, 'arguments', c.arguments) order by c.id), '[]')
+        from node_commands c
+        where c.node_id = n.id and c.status not in ('done', 'failed')
+          and (c.status <> 'queued' or c.expires_at > clock_timestamp())
+    ) as commands
 from nodes n join accounts a on a.id = n.account_id where n.id = $1
 """
 
@@ -146,12 +143,6 @@ COUNT = "select count(*) from node_commands where node_id = $1 and status not in
 GIVE = """
 insert into node_commands (node_id, name, arguments, expires_at)
 values ($1, $2, $3::jsonb, clock_timestamp() + make_interval(secs => $4)) returning id
-"""
-
-PENDING = """
-select id, name, arguments from node_commands
-where node_id = $1 and status not in ('done', 'failed') and (status <> 'queued' or expires_at > clock_timestamp())
-order by id
 """
 
 PROGRESS = """

@@ -323,6 +323,7 @@ class HeartbeatReply:
             "preload_model": None if self.preload_model is None else dict(self.preload_model),
             "wanted": self.wanted,
             "commands": [dict(command) for command in self.commands],
+            "preferences": dict(self.preferences),
             "node_id": self.node_id,
             "epoch": self.epoch,
             "lease_s": self.lease_s,

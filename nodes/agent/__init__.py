@@ -1,7 +1,7 @@
 """The program on a GPU host: starts and watches engines, and reports them to the gateway. It ships alone.
 
 `main` builds the parts. `supervisor` keeps an `engine` (ours) or an `attached` one (somebody else's) in each
-slot, in seats that `plan` gives; `command` decides how vLLM is started, `probe` and `metrics` ask it how it is,
+slot, in `seats` that `plan` decides on; `command` decides how vLLM is started, `probe` and `metrics` ask it how it is,
 `slot` holds what is known, `orders` what it is to do. `conduct` turns `preferences`, heat and the `lease` into
 orders, `deeds` does what commands ask. `reporter` and `control` talk with the gateway, `events` tells it what
 happened. `package` makes the zipapp, which `launcher` runs and `update` replaces. No process of an engine

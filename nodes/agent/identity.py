@@ -38,7 +38,8 @@ def _read_or_make(path: Path) -> str:
         part = path.with_name("node_id.part")
         part.write_text(node_id + "\n")
         part.replace(path)
-    known.write_text(machine + "\n")
+    if machine:
+        known.write_text(machine + "\n")
     return node_id
 
 

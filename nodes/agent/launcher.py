@@ -50,7 +50,9 @@ def main(arguments: list[str]) -> int:
             child[0].send_signal(stopping[-1])
         code = watch(child[0], folder)
         if stopping or code in (0, FENCED_CODE):
-            return code
+            return (
+                0 if code == FENCED_CODE else code
+            )  # an end in order: service managers start only failures again
         if settle_trial(folder, code):
             continue
         pause_s = PAUSE_FIRST_S if time.monotonic() - began > STEADY_S else min(2 * pause_s, PAUSE_MOST_S)

@@ -1,6 +1,6 @@
 """Keeps one engine in each slot of the host: one a model that is served, and one an engine that others run.
 
-Gives engines their seats as `plan` decides, makes room for a model that is wanted now, and passes on what the node is to do.
+Gives engines their `seats`, makes room for a model that is wanted now, and passes on what the node is to do.
 How an engine lives is `engine`'s and `attached`'s affair.
 """
 
@@ -8,7 +8,6 @@ import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,12 +16,13 @@ import aiohttp
 
 from config.defaults import Settings
 from nodes.agent.attached import AttachedEngine
-from nodes.agent.catalog import slug, unique, weights_bytes
+from nodes.agent.catalog import slug, unique
 from nodes.agent.command import Command, Hardware, ModelSpec, engine_command, share_hardware
 from nodes.agent.engine import END_GRACE_S, Engine
 from nodes.agent.orders import REST, SERVE, SERVING, SLEEP, Duty
-from nodes.agent.plan import Device, Need, Plan, Seat, Sitter, need_of, overfull, place
-from nodes.agent.probe import EngineProbe
+from nodes.agent.plan import Device, Sitter
+from nodes.agent.probe import PROBE_TIMEOUT_S, EngineProbe
+from nodes.agent.seats import Seats
 from nodes.agent.slot import Slot
 from nodes.agent.stopping import Stopping
 from nodes.protocol import ENGINES_MAX, READY, EngineLoad, EngineReport
@@ -61,21 +61,20 @@ class Supervisor:
         self._python, self._gpus, self._cores = python, tuple(gpus), tuple(cores)
         self._folder, self._settings, self._session = folder, settings, session
         self._stopping, self._changed, self._announce, self._failed = stopping, changed, announce, failed
-        self._devices = devices
+        self._seats = Seats(devices, gpus)
         self._override = tuple(override)
         self._openmp = find_openmp(python)
         self._planning = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._duties: dict[str, Duty] = {}  # of the node, by who wants them
-        self._hardware: dict[str, Hardware] = {}
-        self._seats: dict[str, Seat] = {}
         self._models: dict[str, ModelSpec] = {}
         self._engines: list[Engine | AttachedEngine] = []
         names = unique([slug(model.name) for model in models])
         shares = share_hardware(len(models), gpus=gpus, cores=cores, openmp=self._openmp)
         for name, model, share in zip(names, models, shares, strict=True):
-            self._add(name, model, share, self._shared_seat(model, share))
+            self._add(name, model, share)
+            self._seats.sit(name, self._seats.shared(model, share))
         names = unique([*names, *(slug(urlsplit(url).netloc) for url in engine_urls)])[len(models) :]
         for name, url in zip(names, engine_urls, strict=True):
             slot = Slot(name, url, changed, failed)
@@ -97,10 +96,6 @@ class Supervisor:
     def loads(self) -> dict[str, EngineLoad]:
         return {engine.slot.engine_id: engine.slot.load for engine in self._engines}
 
-    @property
-    def has_processes(self) -> bool:
-        return any(isinstance(engine, Engine) and engine.is_up for engine in self._engines)
-
     # --- what is wanted of the node -----------------------------------------------------------------------------
 
     def conduct(self, side: str, duty: Duty) -> None:
@@ -111,14 +106,8 @@ class Supervisor:
 
     def refit(self) -> None:
         """What engines may take has changed: those on devices that are too full now start again with less."""
-        if not self._gpus:
-            return
-        for name in overfull(self._sitters(), self._devices()):
-            engine = self._own(name)
-            seat = self._seats[name]
-            budget = min(device.budget_mib for device in self._devices() if device.index in seat.devices)
-            self._sit(name, replace(seat, mib_each=budget // max(1, self._sharers(seat))))
-            engine.orders.restart("its owner keeps more of the GPU for himself")
+        for name in self._seats.shrink(self._sitters()):
+            self._own(name).orders.restart("its owner keeps more of the GPU for himself")
 
     # --- single engines -----------------------------------------------------------------------------------------
 
@@ -145,16 +134,25 @@ class Supervisor:
     async def serve(self, engine_id: str) -> None:
         """Start or wake it; others leave if they must. Raises CannotServe."""
         engine = self.own(engine_id)
+        for duty in self._duties.values():
+            if duty.level == REST:  # nobody makes room for an engine that may not run
+                raise CannotServe(duty.reason)
         await self._make_room(engine_id, self._models[engine_id])
         await self._until_ready(engine)
 
     async def restart(self, engine_id: str) -> None:
         """Raises CannotServe."""
         engine = self.own(engine_id)
-        restarts = engine.slot.restarts
+        if not engine.is_up:
+            raise CannotServe(f"engine {engine_id} does not run: {engine.slot.reason or engine.slot.state}")
+        before = engine.life
         engine.orders.restart("restarted by command")
-        while engine.slot.restarts == restarts and not self._stopping.asked.is_set():  # noqa: ASYNC110 - seconds
-            await asyncio.sleep(LOOK_S)
+        try:
+            async with asyncio.timeout(self._ending_s):
+                while engine.life is before and not self._stopping.asked.is_set():  # noqa: ASYNC110 - seconds
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise CannotServe(f"engine {engine_id} did not end in time") from None
         await self._until_ready(engine)
 
     async def load(self, model: ModelSpec) -> None:
@@ -163,7 +161,7 @@ class Supervisor:
         if not name:
             self._forget_one()
             name = unique([*(engine.slot.engine_id for engine in self._engines), slug(model.name)])[-1]
-            engine = self._add(name, model, Hardware(cores=self._cores, openmp=self._openmp), None)
+            engine = self._add(name, model, Hardware(cores=self._cores, openmp=self._openmp))
             engine.orders.give("plan", Duty(REST, "waits for room"))
             self._begin(engine)
         await self.serve(name)
@@ -174,36 +172,28 @@ class Supervisor:
         async with self._planning:
             engine = self._own(name)
             if not self._takes_memory(engine):
-                plan = self._plan_for(name, model, engine)
+                asleep_in = self._seats.taken()[name] if engine.is_up else None
+                plan = self._seats.plan(model, self._sitters(), asleep_in)
                 if plan.seat is None:
                     raise CannotServe(f"there is no room for {model.name}: {plan.reason}")
-                for leaver in plan.leave:
-                    level = SLEEP if self._gpus else REST  # a CPU engine that sleeps gives nothing back
-                    self._own(leaver).orders.give("plan", Duty(level, f"makes room for {model.name}"))
-                await self._until_gone(plan.leave)
+                await self._send_away(plan.leave, f"makes room for {model.name}")
                 if not engine.is_up:
-                    self._sit(name, plan.seat)
+                    self._seats.sit(name, plan.seat)
             engine.orders.give("person", SERVING)
             engine.orders.give("plan", SERVING)
 
-    def _plan_for(self, name: str, model: ModelSpec, engine: Engine) -> Plan:
-        devices, sitters = self._devices(), self._sitters()
-        if engine.is_up:  # it wakes where it fell asleep
-            seat = self._seats[name]
-            mine = [device for device in devices if device.index in seat.devices]
-            return place(Need(seat.mib_each * len(mine), exact=True), sitters, mine)
-        return place(self._need(model), sitters, devices)
-
-    def _need(self, model: ModelSpec) -> Need:
-        return need_of(weights_bytes(model.folder), model.vram_gb, on_gpu=bool(self._gpus))
-
-    async def _until_gone(self, names: Sequence[str]) -> None:
-        bound_s = self._settings.engine_drain_s + END_GRACE_S + self._settings.engine_poll_s + 5
+    async def _send_away(self, names: Sequence[str], reason: str) -> None:
+        """To sleep, if that gives memory back, else to rest; returns once they have gone. If one does not go, all stay."""
+        level = SLEEP if self._gpus else REST
+        for name in names:
+            self._own(name).orders.give("plan", Duty(level, reason))
         try:
-            async with asyncio.timeout(bound_s):
+            async with asyncio.timeout(self._ending_s):
                 while any(self._takes_memory(self._own(name)) for name in names):  # noqa: ASYNC110 - seconds
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
+            for name in names:
+                self._own(name).orders.give("plan", SERVING)
             raise CannotServe(f"engines {', '.join(names)} did not end in time") from None
 
     async def _until_ready(self, engine: Engine) -> None:
@@ -222,10 +212,17 @@ class Supervisor:
                 f"it is not ready after {self._settings.engine_start_timeout_s:.0f} s"
             ) from None
 
+    @property
+    def _ending_s(self) -> float:
+        """An engine that is told to end has done so within this, its last turns included."""
+        return (
+            self._settings.engine_drain_s + END_GRACE_S + self._settings.engine_poll_s + 2 * PROBE_TIMEOUT_S
+        )
+
     def _sitters(self) -> list[Sitter]:
         return [
             Sitter(name, seat, not self._own(name).slot.load.is_idle, self._own(name).slot.used_s)
-            for name, seat in self._seats.items()
+            for name, seat in self._seats.taken().items()
             if self._takes_memory(self._own(name))
         ]
 
@@ -235,33 +232,16 @@ class Supervisor:
             return not engine.life.is_asleep
         return engine.orders.now.level not in (REST, SLEEP)
 
-    def _shared_seat(self, model: ModelSpec, share: Hardware) -> Seat:
-        """What models of the command line get, which are all started: on a CPU what they need, even if that is too much."""
-        if not share.gpus:
-            return Seat((0,), self._need(model).mib)
-        budget_mib = min(device.budget_mib for device in self._devices() if device.index in share.gpus)
-        return Seat(share.gpus, budget_mib // share.gpu_sharers)
-
-    def _sit(self, name: str, seat: Seat) -> None:
-        """The next start is in this seat."""
-        self._seats[name] = seat
-        if self._gpus:
-            total_mib = min(device.total_mib for device in self._devices() if device.index in seat.devices)
-            share = int(100 * seat.mib_each / max(1, total_mib)) / 100  # rounded down: shares add up
-            self._hardware[name] = replace(self._hardware[name], gpus=seat.devices, gpu_share=share)
-
-    def _sharers(self, seat: Seat) -> int:
-        return sum(bool(set(other.devices) & set(seat.devices)) for other in self._seats.values())
-
     # --- engines come and go ------------------------------------------------------------------------------------
 
-    def _add(self, name: str, model: ModelSpec, hardware: Hardware, seat: Seat | None) -> Engine:
-        self._models[name], self._hardware[name] = model, hardware
-        if seat is not None:
-            self._sit(name, seat)
+    def _add(self, name: str, model: ModelSpec, hardware: Hardware) -> Engine:
+        self._models[name] = model
+        self._seats.add(name, hardware)
         engine = Engine(
             Slot(name, "http://127.0.0.1:0", self._changed, self._failed),
-            command=lambda port: _command(model, self._hardware[name], self._python, self._override, port),
+            command=lambda port: _command(
+                model, self._seats.hardware(name), self._python, self._override, port
+            ),
             probe=partial(EngineProbe, self._session),
             announce=self._announce,
             stopping=self._stopping,
@@ -293,8 +273,8 @@ class Supervisor:
         name = oldest.slot.engine_id
         self._tasks.pop(name).cancel()
         self._engines.remove(oldest)
-        for known in (self._models, self._hardware, self._seats):
-            known.pop(name, None)
+        self._seats.forget(name)
+        del self._models[name]
 
     def _own(self, name: str) -> Engine:
         engine = self.engine(name)

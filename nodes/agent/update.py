@@ -66,8 +66,8 @@ class Updater:
         return True
 
     def came_up(self) -> None:
-        """A heartbeat was taken: this version works, and there is no way back any more."""
-        if self._folder is not None:
+        """A heartbeat was taken: this version works. Unless it has just made room for another one, whose trial it is."""
+        if self._folder is not None and not self.has_replaced:
             (self._folder / TRIAL).unlink(missing_ok=True)
 
     async def update(self) -> str:

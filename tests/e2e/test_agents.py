@@ -185,7 +185,7 @@ async def test_partition(three: Pool) -> None:
     a.between.cut()
     await three.until(a, "offline")
     await eventually(lambda: "lease ran out" in a.log)
-    await three.gateway.until_engines(2)
+    await three.gateway.until_just(2)
     served = await a.served()
     assert await three.chats(20) == [200] * 20
     assert await a.served() == served
@@ -204,7 +204,9 @@ async def test_a_slow_node_gets_fewer_turns_and_a_full_one_costs_nobody_his_turn
     assert await three.chats(60, at_once=12) == [200] * 60
     counts = [await agent.served() for agent in (slow, b, c)]
     assert counts[0] < min(counts[1:]), counts
-    await slow.engine.knobs(ttft_ms=200, max_num_queued_reqs=1)
+    for agent in three.agents:
+        await agent.engine.knobs(ttft_ms=200)
+    await slow.engine.knobs(max_num_queued_reqs=1)
     assert await three.chats(60, at_once=12) == [200] * 60
     assert (await slow.engine.record())["rejected"] > 0, "it was full, and was asked"
 
@@ -215,7 +217,7 @@ async def test_a_hot_node_sheds_its_load_and_says_why(three: Pool) -> None:
     a.heat(86)
     hot = await three.until(a, "online", engine="draining")
     assert "too hot, its limit is 85 °C: no new turns" in hot["reason"]
-    await three.gateway.until_engines(2)
+    await three.gateway.until_just(2)
     served = await a.served()
     assert await three.chats(12) == [200] * 12
     assert await a.served() == served

@@ -73,6 +73,10 @@ class GatewayProcess:
         """Every worker sends turns to so many engines."""
         await eventually(lambda: self._all("/health", lambda told: _engines(told) >= count))
 
+    async def until_just(self, count: int) -> None:
+        """Every worker sends turns to so many engines and no more."""
+        await eventually(lambda: self._all("/health", lambda told: _engines(told) == count))
+
     def send_signal(self, number: signal.Signals) -> None:
         """To the supervisor."""
         assert self._process is not None

@@ -29,21 +29,29 @@ class Partition:
         self._is_whole.set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        """One client; nothing of its connections is left, however it ends."""
+        writers = [writer]
+        try:
             await self._is_whole.wait()
             there, there_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
-            await asyncio.gather(self._pass(reader, there_writer), self._pass(there, writer))
+            writers.append(there_writer)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._pass(reader, there_writer))
+                both.create_task(self._pass(there, writer))
+        except OSError:
+            return
+        finally:
+            for each in writers:
+                each.transport.abort()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := await reader.read(PIECE):
                 await self._is_whole.wait()
                 writer.write(data)
                 await writer.drain()
-        except OSError:
-            return
-        finally:
-            writer.close()
+            if writer.can_write_eof():
+                writer.write_eof()
 
     def start_serving(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self.serve(reader, writer))
@@ -54,6 +62,7 @@ class Partition:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # aborted transports are closed by the loop's next turn
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ COPIED = (
     "etc/hosts",
     "etc/apt/apt.conf.d",
     "etc/apt/auth.conf.d",
-    "etc/ssl/certs",
+    "etc/ssl/certs/ca-certificates.crt",
     "etc/apt/sources.list.d",
 )
 PASSED = re.compile(r"(pip_|https?_proxy$|no_proxy$)", re.IGNORECASE)

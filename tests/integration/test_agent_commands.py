@@ -111,6 +111,8 @@ async def test_engines_stop_start_and_restart_by_command(gateway, tmp_path, monk
         await boss.says("stop_engine", engine_id="toy")
         stopped = await boss.until_states(toy="stopped")
         assert engine_of(stopped, "toy").reason == "stopped by command"
+        refused = await boss.says("restart_engine", until="failed", engine_id="toy")
+        assert refused == "engine toy does not run: stopped by command"
         await boss.says("start_engine", engine_id="toy")
         await boss.until_states(toy="ready")
         before = engine_of(gateway.beats[-1], "toy").restarts

@@ -188,7 +188,8 @@ async def test_the_launcher_does_not_start_a_fenced_agent_again(
     async with launched(gateway, tmp_path / "agent") as launcher:
         await gateway.until(lambda beat: beat.epoch > 0)
         gateway.status = 409
-        assert await launcher.wait() == 78
+        assert await launcher.wait() == 0
+        assert versions(gateway)[-1] == "0.1.0"
 
 
 async def test_an_agent_without_a_launcher_is_left_as_it_is(

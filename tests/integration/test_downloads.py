@@ -143,6 +143,7 @@ async def test_the_script_is_one_that_shells_can_read(gw, key, tmp_path: Path, s
     reading = await asyncio.create_subprocess_exec(shell, "-n", script, stderr=asyncio.subprocess.PIPE)
     _, complaints = await reading.communicate()
     assert (reading.returncode, complaints) == (0, b"")
+    assert script.read_bytes().isascii(), "PowerShell's pipes carry nothing else"
 
 
 async def test_an_agent_that_is_too_old_is_told_so(settings, pool):

@@ -37,6 +37,7 @@ def test_pauses_stay_bounded_for_ever() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "is_refused", "words"),
     [
+        (409, b'{"error": "taken"}', True, "has given this node to another agent: taken"),
         (401, b'{"error": "Invalid API key"}', True, "refuses the key (Invalid API key)"),
         (403, b'{"error": "pending"}', True, "has not approved this provider: pending"),
         (400, b'{"error": {"message": "epoch must be"}}', False, "answered 400: epoch must be"),
@@ -72,6 +73,32 @@ def test_a_spoilt_node_id_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "node_id").write_text("")
     with node_identity(tmp_path) as node_id:
         assert (tmp_path / "node_id").read_text().strip() == node_id
+
+
+def test_a_node_id_that_was_copied_to_another_machine_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def id_on(machine: str) -> str:
+        monkeypatch.setattr("nodes.agent.identity._machine", lambda: machine)
+        with node_identity(tmp_path) as node_id:
+            return node_id
+
+    first = id_on("one")
+    assert id_on("one") == first
+    assert id_on("") == first, "a machine that has no name is not known to be another one"
+    assert id_on("one") == first
+    assert id_on("two") != first
+
+
+def test_the_telemetry_file_stands_for_gpus_that_nvml_does_not_know(tmp_path: Path) -> None:
+    file = tmp_path / "gpus.json"
+    file.write_text('[{"name": "A", "vram_mib": 100, "temp_c": 50}, {"name": "B", "vram_mib": 200}]')
+    inventory = Inventory(str(file))
+    assert (inventory.gpu_indexes, inventory.vram_mib) == ((0, 1), (100, 200))
+    status = inventory.gpu_status()
+    assert (status["gpu_count"], status["gpu_name"], status["all_gpus"][1]["temp_c"]) == (2, "A", 0)
+    file.write_text("[")  # being written
+    assert inventory.gpu_status()["gpu_name"] == "A"
 
 
 def test_an_engines_log_is_bounded_and_keeps_the_one_before(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class HeartbeatAnswer(BaseModel):
     preload_model: dict[str, Any] | None
     wanted: str
     commands: list[dict[str, Any]]
+    preferences: dict[str, Any]
     node_id: str
     epoch: int
     lease_s: float

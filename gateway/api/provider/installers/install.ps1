@@ -12,7 +12,7 @@ if (-not (Get-Command wsl.exe -ErrorAction SilentlyContinue)) {
 }
 $Distro = @()
 if ($env:POOLGATE_DISTRO) { $Distro = @('-d', $env:POOLGATE_DISTRO) }
-& wsl.exe @Distro -u root -- true
+& wsl.exe @Distro -u root -e true
 if ($LASTEXITCODE -ne 0) {
     throw 'poolgate: WSL has no distribution that starts: run "wsl --install -d Ubuntu", and run this again'
 }
@@ -20,12 +20,12 @@ if ($LASTEXITCODE -ne 0) {
 Write-Host 'poolgate: installing inside WSL'
 $Script = (Invoke-WebRequest -UseBasicParsing -Uri "$Gateway/api/providers/download/setup?os=linux" -Headers @{ 'x-provider-key' = $Key }).Content
 if ($Script -is [byte[]]) { $Script = [Text.Encoding]::UTF8.GetString($Script) }
-$Script.Replace("`r", '') | & wsl.exe @Distro -u root -- env POOLGATE_SERVICE=none sh -s
+$Script.Replace("`r", '') | & wsl.exe @Distro -u root -e env POOLGATE_SERVICE=none sh -s
 if ($LASTEXITCODE -ne 0 -and $LASTEXITCODE -ne 3) { throw 'poolgate: the installation inside WSL failed; its words are above' }
 
 # WSL ends a distribution that nobody uses: the task keeps the agent in the foreground, and so the distribution up.
-& wsl.exe @Distro -u root -- sh -c 'test -f /opt/poolgate-agent/launcher.pid && kill $(cat /opt/poolgate-agent/launcher.pid); rm -f /opt/poolgate-agent/launcher.pid; true'
-$Arguments = (@($Distro) + @('-u', 'root', '--', '/opt/poolgate-agent/run')) -join ' '
+& wsl.exe @Distro -u root -e sh -c 'test -f /opt/poolgate-agent/launcher.pid && kill $(cat /opt/poolgate-agent/launcher.pid); rm -f /opt/poolgate-agent/launcher.pid; true'
+$Arguments = (@($Distro) + @('-u', 'root', '-e', '/opt/poolgate-agent/run')) -join ' '
 $Action = New-ScheduledTaskAction -Execute 'wsl.exe' -Argument $Arguments
 $Trigger = New-ScheduledTaskTrigger -AtLogOn -User $env:USERNAME
 $Settings = New-ScheduledTaskSettingsSet -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries -ExecutionTimeLimit ([TimeSpan]::Zero) -RestartCount 999 -RestartInterval (New-TimeSpan -Minutes 1)

@@ -22,6 +22,9 @@ is_root() { [ "$(id -u)" = 0 ]; }
 
 key=${key:-${POOLGATE_AGENT_KEY:-}}
 [ -n "$key" ] || fail "no provider key: set POOLGATE_AGENT_KEY to yours and run this again"
+case $key in
+    *[!A-Za-z0-9._-]*) fail "the provider key has a character that keys don't have" ;;
+esac
 
 if is_root; then default_dir=/opt/poolgate-agent; else default_dir=$HOME/.poolgate-agent; fi
 dir=${POOLGATE_DIR:-$default_dir}
@@ -111,6 +114,7 @@ cat >"$dir/run" <<RUN
 set -a
 . "$dir/agent.env"
 set +a
+unset POOLGATE_DIR POOLGATE_AGENT_ARGS POOLGATE_ENGINE POOLGATE_SERVICE
 cd "$dir"
 exec "$in_venv" "$dir/launcher.py" --gateway $gateway --data-dir "$dir/data" $engine_args ${POOLGATE_AGENT_ARGS:-} "\$@"
 RUN
@@ -138,10 +142,9 @@ After=network-online.target
 
 [Service]
 ExecStart=$dir/run
-Restart=always
+# The launcher ends in order when another agent has this node: starting again would take it from that one.
+Restart=on-failure
 RestartSec=5
-# 78: another agent has this node, and starting again would take it from that one.
-RestartPreventExitStatus=78
 # The agent drains its engines first; only the launcher is told, everything is killed in the end.
 KillMode=mixed
 TimeoutStopSec=90
@@ -185,7 +188,12 @@ PLIST
         nohup "$dir/run" >>"$dir/agent.log" 2>&1 </dev/null &
         echo $! >"$dir/launcher.pid"
         logs="$dir/agent.log"
-        say "no service manager: the agent supervises itself until the host restarts (then run $dir/run again)"
+        if has crontab; then
+            { crontab -l 2>/dev/null | grep -vF "$dir/run" || true; echo "@reboot $dir/run >>$dir/agent.log 2>&1"; } | crontab -
+            say "no service manager: the agent supervises itself, and cron starts it with the host"
+        else
+            say "no service manager: the agent supervises itself until the host restarts (then run $dir/run again)"
+        fi
         ;;
     *) fail "POOLGATE_SERVICE must be systemd, launchd or none" ;;
 esac
@@ -206,3 +214,4 @@ fi
 }
 
 main </dev/null
+exit 0 # what a pipe of another system puts behind the script is not run
