@@ -1,6 +1,7 @@
 """The tunnels that end in this worker: taken from agents, told to all workers, lent to turns, left without cutting any."""
 
 import asyncio
+import contextlib
 import logging
 import uuid
 
@@ -112,9 +113,13 @@ class Tunnels:
             _leave(tunnel)
 
     async def close(self) -> None:
-        """End all that are left."""
+        """End all that are left; agents have a moment to say goodbye."""
         for tunnel in list(self._all):
             tunnel.lost("the worker ended")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * CLOSE_S):
+                while self._all:  # noqa: ASYNC110 - once, at the end
+                    await asyncio.sleep(CLOSE_S / 100)
         while self._forgetting:
             await asyncio.wait(self._forgetting)
 

@@ -8,6 +8,9 @@ happened. `package` makes the zipapp, which `launcher` runs and `update` replace
 outlives the agent: `tied` starts it under `watchdog`. `build` makes the CPU engine's environment, `environment`
 says whether it is complete. The gateway's side is `nodes.heartbeats`.
 
+`reach` opens the ways that a gateway elsewhere takes to the engines: `listener` (TLS) and `tunnel`, both into
+`doorway`, which ties them to engines as far as `gate` lets requests pass.
+
 An engine: starting → ready → draining → stopped; or → failed (died, hung, not ready in time) → starting, with
 growing pauses. What is not to serve is draining (held) or stopped (asleep or ended), with the reason. A drain
 is told to the gateway first and lasts until the engine is idle, because a stopped vLLM leaves the streams of

@@ -130,8 +130,8 @@ class Front(End):
             self.tie(engine)
 
     def _answer(self, answer: Answered) -> None:
-        if answer.status != 200:
-            log.info("a request was refused: %s", answer.body["error"], extra={"action": "request_refused"})
+        if answer.status != 200:  # not louder: anybody can ask a listener
+            log.debug("a request was refused: %s", answer.body["error"], extra={"action": "request_refused"})
         body = json.dumps(answer.body).encode()
         status = HTTPStatus(answer.status)
         head = (

@@ -54,7 +54,7 @@ async def other_worker(gw: TestGateway) -> AsyncIterator[tuple[Gateway, str]]:
 
 @pytest.fixture
 async def engine(engines):
-    return await engines(pace_ms=5)
+    return await engines("--max-model-len", "131072", pace_ms=5)
 
 
 @pytest.fixture
@@ -97,6 +97,27 @@ async def test_a_client_that_leaves_ends_the_engines_work_over_a_hop(pair, engin
     asking.cancel()
     await engine.until(lambda record: record["requests"][0]["aborted"])
     await eventually(lambda: not pair.near.gateway._hops.ends)
+
+
+async def test_a_client_that_reads_nothing_over_a_hop_stops_nobody_else(pair, engine):
+    await engine.knobs(pace_ms=0)
+    host, port = pair.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
+    body = json.dumps(STREAM | {"max_tokens": 40_000}).encode()
+    writer.write(
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {pair.near.key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    await reader.readuntil(b"data: ")
+    for _ in range(3):
+        assert (await pair.read(STREAM))[1].endswith(b"[DONE]\n\n")
+    held = pair.near.gateway.tunnels._tunnels[pair.node.node_id]._streams.values()
+    await eventually(lambda: any(stream._is_paused for stream in held))
+    end = b""
+    while not end.endswith(b"0\r\n\r\n"):
+        end = (end + await reader.read(2**16))[-16:]
+    writer.transport.abort()
 
 
 async def test_a_long_prompt_and_a_long_answer_fit_through_a_hop(pair, engine):

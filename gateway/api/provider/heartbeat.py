@@ -97,7 +97,6 @@ class HeartbeatAnswer(BaseModel):
     lease_s: float
     heartbeat_interval_s: float
     state: str
-    preferences: dict[str, Any]
     reach: dict[str, str]
 
 
