@@ -566,13 +566,13 @@ class Settings:
         choices=("prefix", "load"),
     )
     routing_load_weight: float = knob(
-        0.25,
+        0.1,
         "tokens of uncached prompt that a token in flight weighs: a batch works at many turns at once, a prefill at one",
         low=0,
         high=100,
     )
     routing_share_max: float = knob(
-        1.2,
+        1.15,
         "an engine with more than this times its group's mean share of late turns is sent no more for its cache's sake",
         low=1,
         high=1000,
@@ -639,8 +639,8 @@ class Settings:
         unit="seconds",
     )
     queue_quantum_tokens: int = knob(
-        512,
-        "tokens that each account in the queue gets a round: about one turn's, so that nobody gets many at once",
+        64,
+        "tokens that each account in the queue gets a round: less than most turns have, so that nobody gets many at once",
         low=1,
         high=1_000_000,
         unit="tokens",

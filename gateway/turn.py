@@ -98,6 +98,7 @@ class Turn:
     overrun_tokens: int = 0
     is_overcounted: bool = False
     is_settled: bool = False
+    was_next: bool = False  # it waited, and got an engine
 
     def first_event(self) -> None:
         """The engine's first event is here; a retry starts its time anew."""

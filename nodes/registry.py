@@ -140,12 +140,21 @@ class Registry:
         engine.refused()
         self.capped.add(engine)
 
-    def relax_caps(self, *, are_waiting: bool) -> None:
+    def relax_caps(self, waiting_workers: int) -> None:
         """Let full engines take one turn more while turns wait for them, to see whether they can; else more and more, until
-        nothing is left of their having been full. To be called every `queue_retry_s`."""
+        nothing is left of their having been full. To be called every `queue_retry_s`.
+
+        Of `waiting_workers` (this one is among them if any), each may have its part of what an engine takes: who has more
+        gives one back, which another one's next try then finds.
+        """
         for engine in list(self.capped):
             load = engine.load
-            load.cap += 1 if are_waiting else load.cap
+            if not waiting_workers:
+                load.cap += load.cap
+            elif load.turns * waiting_workers > load.turns + load.others_turns + waiting_workers - 1:
+                load.cap = max(1, load.turns - 1)
+            else:
+                load.cap += 1
             if load.cap > CAP_MAX or self._engines.get(engine.key) is not engine:
                 load.cap = UNCAPPED
                 self.capped.discard(engine)

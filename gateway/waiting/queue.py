@@ -78,6 +78,8 @@ class TurnQueue:
         self._is_pump_due = False
         self.waiting = 0
         self.others = 0
+        self.other_workers = 0
+        """Those in which turns wait."""
         self.served: dict[int, int] = {}
         """Tokens that accounts got engines for, since it was last taken."""
 
@@ -99,7 +101,10 @@ class TurnQueue:
         ends_s = self._time() + self._left_to_wait_s(turn)
         self._make_room(waiter)
         rounds = self._rounds_of(waiter.line)[is_late(turn)]
-        rounds.add(waiter)
+        if turn.was_next:
+            rounds.put_first(waiter)
+        else:
+            rounds.add(waiter)
         self.waiting += 1
         self.pump_soon()
         result = "left"
@@ -110,6 +115,7 @@ class TurnQueue:
             self._end(waiter, rounds, result)
         if waiter.handed is None:
             raise NoNodeAvailable(waiter.refusal or LATE, retry_after_s=self.retry_after_s())
+        turn.was_next = True  # if the engine has no room after all, it comes before the others again
         waiter.handed.ended(need.tokens)
         return waiter.handed
 
@@ -225,7 +231,7 @@ class TurnQueue:
         while True:
             await asyncio.sleep(self._settings.queue_retry_s)
             if self._registry.capped:
-                self._registry.relax_caps(are_waiting=self.is_busy)
+                self._registry.relax_caps(1 + self.other_workers if self.is_busy else 0)
             self.pump_soon()
             self._metrics.queue_waiting.set(self.waiting)
 

@@ -52,7 +52,7 @@ class QueueShare:
             try:
                 await self._share()
             except (RedisError, OSError, TimeoutError):  # that Valkey is away is told by `nodes.load`
-                self._queue.others = 0
+                self._queue.others = self._queue.other_workers = 0
                 self._known.clear()
                 pause_s = max(pause_s, AWAY_PAUSE_S)
             end_if_cancelled()
@@ -66,7 +66,7 @@ class QueueShare:
             is_idle and not self._is_told
         ):  # nobody need know of a queue that stays empty, and an empty one owes nothing
             self._served.clear()
-            self._queue.others = 0
+            self._queue.others = self._queue.other_workers = 0
             self._known.clear()
             return
         if len(self._served) > ACCOUNTS_MAX:
@@ -87,7 +87,7 @@ class QueueShare:
     def _take(self, workers: dict[str, bytes]) -> None:
         """Count who waits elsewhere, and charge accounts for what they got there since the last time."""
         now_s = asyncio.get_running_loop().time()
-        others = 0
+        others = others_waiting = 0
         for worker, value in workers.items():
             if worker == self._worker:
                 continue
@@ -97,15 +97,17 @@ class QueueShare:
             if told["sequence"] == sequence:
                 if now_s - since_s <= STALE_PERIODS * self._settings.load_share_s:
                     others += told["waiting"]
+                    others_waiting += told["waiting"] > 0
                 continue
             others += told["waiting"]
+            others_waiting += told["waiting"] > 0
             self._known[worker] = (told["sequence"], now_s, told["served"])
             for account, tokens in told["served"].items():
                 got = tokens - before.get(account, 0)
                 if got > 0 and account.isdecimal():
                     self._queue.others_served(int(account), got)
         self._known = {worker: known for worker, known in self._known.items() if worker in workers}
-        self._queue.others = others
+        self._queue.others, self._queue.other_workers = others, others_waiting
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""

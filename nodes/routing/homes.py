@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 WINDOW = 8
 """Engines that meet for one prompt."""
 
+KNOWN_MAX = 4096
+"""Prompts whose homes a ring remembers."""
+
 _SPREAD = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
@@ -31,14 +34,23 @@ def mark_of(key: str) -> int:
 class Ring:
     """The engines of a group by their marks."""
 
-    __slots__ = ("_engines", "_marks")
+    __slots__ = ("_engines", "_known", "_marks")
 
     def __init__(self, engines: "Sequence[Engine]") -> None:
         self._engines = sorted(engines, key=lambda engine: engine.mark)
         self._marks = [engine.mark for engine in self._engines]
+        self._known: dict[int, tuple[Engine, ...]] = {}
 
     def homes(self, value: int) -> "tuple[Engine, ...]":
         """The engines for a prompt that hashes to `value`, the first one first."""
+        found = self._known.get(value)
+        if found is None:
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
+            found = self._known[value] = self._find(value)
+        return found
+
+    def _find(self, value: int) -> "tuple[Engine, ...]":
         engines, marks = self._engines, self._marks
         value = value * _SPREAD & _MASK
         count = len(engines)

@@ -19,9 +19,9 @@ from nodes.routing.snapshot import Engine, Group, Snapshot
 
 __all__ = ("MISSES_MAX", "Need", "NoEngine", "Router", "choose")
 
-HOME_SHARE = (0.5, 0.25)
-"""What its first and its second home are worth to a prompt that nobody holds, as shares of it: enough for workers to agree
-where engines are about equally busy, too little to make anybody wait."""
+HOME_SHARES = (0.5, 0.1)
+"""What its first and its second home are worth to a prompt, as shares of it: enough for workers to agree where engines are
+about equally busy, and for a copy elsewhere not to be used for long; too little to make anybody wait."""
 
 SAMPLE = 2
 """Engines at random that a long prompt's own are held against: two suffice to find one that is idle while those are not. Of
@@ -114,14 +114,17 @@ class Router:
         spared = tokens_of(depth)
         placed, unit = group.placed, group.unit
         best, least = None, INFINITE
-        for engine in holders:
-            cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - spared
+        homes = group.ring.homes(home_hash(hashes))
+        prompt_tokens = tokens_of(len(hashes))
+        for share, engine in zip(HOME_SHARES, homes, strict=False):
+            cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
+            if engine in holders:
+                cost -= spared
             if cost < least and self._may_draw(engine, group, need):
                 best, least = engine, cost
-        prompt_tokens = tokens_of(len(hashes))
-        if best is None or 2 * spared < prompt_tokens:
-            for share, engine in zip(HOME_SHARE, group.ring.homes(home_hash(hashes)), strict=False):
-                cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
+        for engine in holders:
+            if engine not in homes:
+                cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - spared
                 if cost < least and self._may_draw(engine, group, need):
                     best, least = engine, cost
         fit, count, draw = group.fit, group.roomy(need.context), self._rng.random
@@ -169,10 +172,9 @@ class Router:
         to, while they have no more than their share, and some at random. Raises NoEngine."""
         policy, wishes = self.policy, need.wishes
         drawn: dict[Engine, int] = {}
-        for tie in (ties.matched, ties.hinted):
-            for engine, tokens in tie.items():
-                if tokens > drawn.get(engine, 0) and self._may_draw(engine, group, need):
-                    drawn[engine] = tokens
+        for engine in {*ties.matched, *ties.hinted}:
+            if self._may_draw(engine, group, need):
+                drawn[engine] = ties.of(engine)
         if wishes.has_caps:
             drawn = {engine: tokens for engine, tokens in drawn.items() if meets(engine, wishes)}
             found = _within_caps(group, need, policy, self._rng)
@@ -186,7 +188,7 @@ class Router:
     # --- what draws a turn somewhere ---------------------------------------------------------------------------
 
     def ties_of(self, group: Group, need: Need, hashes: Sequence[int]) -> Ties:
-        """Who holds the prompt's beginning; where hardly anybody does, where it has its home; and its session's engine."""
+        """Who holds the prompt's beginning, where it has its home, and its session's engine."""
         ties = Ties({}, {})
         if hashes:
             depth, holders = self._prefixes.match(hashes)
@@ -194,9 +196,8 @@ class Router:
             for engine in holders:
                 if group.has(engine):
                     ties.matched[engine] = tokens
-            if not ties.matched or 2 * tokens < prompt_tokens:
-                for share, engine in zip(HOME_SHARE, group.ring.homes(home_hash(hashes)), strict=False):
-                    ties.hinted[engine] = int(share * prompt_tokens)
+            for share, engine in zip(HOME_SHARES, group.ring.homes(home_hash(hashes)), strict=False):
+                ties.hinted[engine] = int(share * prompt_tokens)
         if need.wishes.session:
             last = self._sessions.get((need.client, need.wishes.session))
             if last is not None and group.has(last):

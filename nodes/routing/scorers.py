@@ -55,7 +55,7 @@ class Ties:
 
     def of(self, engine: "Engine") -> int:
         """All that draws it there."""
-        return max(self.matched.get(engine, 0), self.hinted.get(engine, 0))
+        return self.matched.get(engine, 0) + self.hinted.get(engine, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def score(engine: "Engine", group: "Group | None", need: "Need", drawn: int, pol
     return Score(
         load=engine.load.in_tokens * policy.load_weight,
         late_turns=0.0 if group is None else group.late_turns(engine),
-        uncached=max(0, need.tokens - drawn),
+        uncached=need.tokens - drawn,
         region=policy.region_tokens if region and engine.region != region else 0,
         reputation=(1.0 - engine.reputation) * policy.reputation_tokens,
     )

@@ -215,7 +215,7 @@ class Worker:
 
     def wait(self, account: int) -> "asyncio.Task[Engine]":
         turn: Any = SimpleNamespace(
-            principal=SimpleNamespace(account_id=account), duration_ms=0, request_id="req_1", told={},
+            principal=SimpleNamespace(account_id=account), duration_ms=0, request_id="req_1", told={}, was_next=False,
             ask=SimpleNamespace(time_limit_s=None, price_percent=100, tap=None, gathers=False),
         )  # fmt: skip
         return asyncio.create_task(self.queue.place(turn, Need("m", "generate", 100), SimpleNamespace()))
