@@ -329,7 +329,6 @@ class HeartbeatReply:
             "lease_s": self.lease_s,
             "heartbeat_interval_s": self.heartbeat_interval_s,
             "state": self.state,
-            "preferences": dict(self.preferences),
             "reach": self.reach.to_json(),
         }
 
