@@ -36,7 +36,7 @@ def test_it_starts_alone_and_says_its_version(tmp_path: Path) -> None:
 
 
 def test_it_needs_nothing_but_what_is_said() -> None:
-    """Modules of others that its own import, wherever; pynvml is used where it is there."""
+    """Modules of others that its own import, wherever; pynvml and uvloop are used where they are there."""
     archive = zipfile.ZipFile(io.BytesIO(build_zipapp().content))
     used: set[str] = set()
     for name in archive.namelist():
@@ -49,7 +49,7 @@ def test_it_needs_nothing_but_what_is_said() -> None:
                 elif isinstance(node, ast.ImportFrom):
                     used.add(str(node.module).partition(".")[0])
     named = {requirement.partition(">")[0] for requirement in REQUIREMENTS}
-    assert used - set(sys.stdlib_module_names) - {"nodes", "config"} == named
+    assert used - set(sys.stdlib_module_names) - {"nodes", "config", "uvloop"} == named
 
 
 def test_nothing_of_the_gateway_is_in_it() -> None:

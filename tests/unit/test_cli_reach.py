@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-from gateway.cli.agent import checked_reach
-from gateway.cli.output import Refused
 from gateway.cli.plan import LOOPBACK, plan_of
+from nodes.agent.arguments import BadArgument, checked_reach
 
 
 def asked(**given: str) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def test_engines_are_called_straight_only_on_the_gateways_host_or_when_told(give
     ],
 )  # fmt: skip
 def test_addresses_that_mean_nothing_are_refused_before_anything_is_started(given):
-    with pytest.raises(Refused):
+    with pytest.raises(BadArgument):
         checked_reach(asked(**given), "https://gateway.example.com")
 
 
