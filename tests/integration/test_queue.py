@@ -21,7 +21,7 @@ from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
 from gateway.waiting.queue import TurnQueue
 from gateway.waiting.sharing import QUEUES, QueueShare
-from nodes.heartbeats import AllowedNetworks
+from nodes.networks import AllowedNetworks
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine
 from nodes.routing.snapshot import Engine
