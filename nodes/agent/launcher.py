@@ -26,9 +26,13 @@ TRIES_MAX = 2
 PAUSE_FIRST_S, PAUSE_MOST_S = 1.0, 60.0
 STEADY_S = 60.0
 POLL_S = 0.2
+INHERITED_MAX = (
+    1024  # what a shell or a program that installs has open is not to stay open for as long as this runs
+)
 
 
 def main(arguments: list[str]) -> int:
+    os.closerange(3, INHERITED_MAX)
     folder = Path(__file__).resolve().parent
     stopping: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
