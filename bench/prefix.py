@@ -57,7 +57,8 @@ answers of 16 tokens. The KV cache of a node holds a third of them (`--num-gpu-b
 {BLOCK}`). *Found in a cache* is what the engines say (`vllm:prefix_cache_hits_total` of `..._queries_total`), after as
 many requests that warm up. The stand-ins take 120 ms for 1,000 uncached tokens and 4 ms a token; 12 requests are in
 flight. poolgate runs {WORKERS} workers; *at random* and *power of two* are poolgate with `routing_policy` load and a
-sample of 1 and of 2; vllm-router runs with `--policy cache_aware` as it comes. *Cold prompts* are all different, so
+sample of 1 and of 2; vllm-router runs with `--policy cache_aware` as it comes;
+it has engines tokenise each prompt first, which they only do with `--enable-scale-out`. *Cold prompts* are all different, so
 that there is nothing to find. Two real vLLM nodes share the two cores with everything else, so their times mean
 nothing and are not shown."""
 
@@ -195,6 +196,7 @@ def _ratios(samples: Sequence[Sample]) -> list[Sample]:
 async def stand_ins(_: Path) -> AsyncIterator[list[str]]:
     """Four processes, each with a cache of its own."""
     flags = (
+        "--enable-scale-out",
         "--no-record",
         "--max-model-len",
         "2048",
@@ -219,7 +221,7 @@ async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
         raise NotInstalled(status.detail)
     cores = sorted(os.sched_getaffinity(0))
     shares = share_hardware(2, gpus=(), cores=cores, openmp=find_openmp(status.python))
-    more = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK)]
+    more = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK), "--enable-scale-out"]
     processes, urls = [], []
     try:
         for number, share in enumerate(shares):

@@ -31,6 +31,7 @@ class EngineConfig:
     auto_tool_choice: bool
     dev_mode: bool
     enable_lora: bool
+    scale_out: bool
     record: bool
     record_bodies: bool
     record_file: Path | None
@@ -68,6 +69,7 @@ def parse_flags(argv: Sequence[str], environ: dict[str, str]) -> EngineConfig:
         auto_tool_choice=known.enable_auto_tool_choice,
         dev_mode=known.dev_mode or environ.get("VLLM_SERVER_DEV_MODE") == "1",
         enable_lora=known.enable_lora,
+        scale_out=known.enable_scale_out,
         record=not known.no_record,
         record_bodies=known.record_bodies,
         record_file=known.record_file,
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tool-call-parser")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--enable-scale-out", action="store_true", help="prompts as token ids, for routers")
     parser.add_argument(
         "--dev-mode", action="store_true", help="as VLLM_SERVER_DEV_MODE=1: /sleep, /pause, ..."
     )

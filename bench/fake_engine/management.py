@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from bench.fake_engine import checks, prompts
 from bench.fake_engine import metrics as prometheus
-from bench.fake_engine import prompts
 from bench.fake_engine.answers import split_tokens
 from bench.fake_engine.wire import refusal
 
@@ -73,7 +73,14 @@ def detokenize(engine: "Engine", client: "Connection", request: "Request") -> No
     client.answer(200, orjson.dumps({"prompt": " ".join("word" for _ in body.get("tokens", []))}))
 
 
-def scale_out_disabled(engine: "Engine", client: "Connection", request: "Request") -> None:
+def render(engine: "Engine", client: "Connection", request: "Request") -> None:
+    """A chat's prompt as token ids, which routers ask for; off by default, as in vLLM. A token is known by its bytes."""
+    if engine.config.scale_out:
+        body = checks.read_body(request.header(b"content-type"), request.body, "messages")
+        client.answer(
+            200, orjson.dumps({"request_id": "render", "token_ids": prompts.token_ids(body["messages"])})
+        )
+        return
     text = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
     raise refusal(403, text, "PermissionDeniedError")
 

@@ -40,7 +40,7 @@ _GENERATE: dict[str, dict[str, Handler]] = {
     "/v1/responses": {"POST": inference.responses},
     "/v1/messages": {"POST": inference.messages},
     "/v1/messages/count_tokens": {"POST": inference.count_message_tokens},
-    "/v1/chat/completions/render": {"POST": management.scale_out_disabled},
+    "/v1/chat/completions/render": {"POST": management.render},
 }
 _POOLING: dict[str, dict[str, Handler]] = {"/v1/embeddings": {"POST": inference.embeddings}}
 _DEVELOPMENT: dict[str, dict[str, Handler]] = {

@@ -20,8 +20,9 @@ from nodes.routing.snapshot import Engine, Group, Snapshot
 __all__ = ("MISSES_MAX", "Need", "NoEngine", "Router", "choose")
 
 HOME_SHARES = (0.5, 0.1)
-"""What its first and its second home are worth to a prompt, as shares of it: enough for workers to agree where engines are
-about equally busy, and for a copy elsewhere not to be used for long; too little to make anybody wait."""
+"""What its home is worth to a prompt, and the next one, as shares of it; where the first is full or has its share, the next
+takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used for
+long; too little to make anybody wait."""
 
 SAMPLE = 2
 """Engines at random that a long prompt's own are held against: two suffice to find one that is idle while those are not. Of
@@ -114,14 +115,17 @@ class Router:
         spared = tokens_of(depth)
         placed, unit = group.placed, group.unit
         best, least = None, INFINITE
-        homes = group.ring.homes(home_hash(hashes))
         prompt_tokens = tokens_of(len(hashes))
-        for share, engine in zip(HOME_SHARES, homes, strict=False):
-            cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
-            if engine in holders:
-                cost -= spared
-            if cost < least and self._may_draw(engine, group, need):
-                best, least = engine, cost
+        homes = group.ring.homes(home_hash(hashes))
+        shares = iter(HOME_SHARES)
+        for engine in homes:
+            if self._may_draw(engine, group, need):
+                share = next(shares)
+                cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
+                if engine in holders:
+                    cost -= spared
+                if cost < least:
+                    best, least = engine, cost
         for engine in holders:
             if engine not in homes:
                 cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - spared
@@ -196,7 +200,12 @@ class Router:
             for engine in holders:
                 if group.has(engine):
                     ties.matched[engine] = tokens
-            for share, engine in zip(HOME_SHARES, group.ring.homes(home_hash(hashes)), strict=False):
+            homes = [
+                engine
+                for engine in group.ring.homes(home_hash(hashes))
+                if self._may_draw(engine, group, need)
+            ]
+            for share, engine in zip(HOME_SHARES, homes, strict=False):
                 ties.hinted[engine] = int(share * prompt_tokens)
         if need.wishes.session:
             last = self._sessions.get((need.client, need.wishes.session))
