@@ -35,7 +35,15 @@ from nodes.commands import Briefing
 from nodes.control_messages import Progress
 from nodes.heartbeats import AddressOfAnother, NodeFenced, NodeOfAnother, TooManyNodes
 from nodes.networks import EngineUrlRefused
-from nodes.protocol import AGENT_VERSION, BadMessage, EngineReport, Heartbeat, HeartbeatReply, ReachReply
+from nodes.protocol import (
+    AGENT_VERSION,
+    READY,
+    BadMessage,
+    EngineReport,
+    Heartbeat,
+    HeartbeatReply,
+    ReachReply,
+)
 from nodes.providers import UnknownProvider
 from nodes.reach import DIRECT, ENGINE_ID, NONE
 from nodes.versions import is_older
@@ -172,7 +180,7 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         approval_status=provider.approval_status,
         **_versions(beat, settings.agent_version_min),
-        **_wishes(briefing),
+        **_wishes(briefing, beat),
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
@@ -219,11 +227,14 @@ def _versions(beat: Heartbeat, least: str) -> dict[str, Any]:
     }
 
 
-def _wishes(briefing: Briefing | None) -> dict[str, Any]:
-    """What is wanted of the node and the commands that it has not done, the first model to load among them once more."""
+def _wishes(briefing: Briefing | None, beat: Heartbeat) -> dict[str, Any]:
+    """What is wanted of the node and the commands that it has not done; the first model to load that it does not serve
+    once more, for agents that know no commands."""
     if briefing is None:
         return {}
-    models = [each.arguments["model_name"] for each in briefing.commands if each.name == "preload_model"]
+    served = {model.id for engine in beat.engines if engine.state == READY for model in engine.models}
+    wished = [each.arguments["model_name"] for each in briefing.commands if each.name == "preload_model"]
+    models = [model for model in wished if model not in served]
     return {
         "wanted": briefing.wanted,
         "commands": tuple(command.to_json() for command in briefing.commands),
