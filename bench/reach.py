@@ -44,7 +44,8 @@ The same engine, reached in four ways, each by gateway workers of their own: *st
 that ends in another worker than the one that is asked (*tunnel and hop*; CPU is that of both workers). The agent is
 `poolgate agent`, a process of its own. The tunnel's websocket is plain here; to a gateway that has TLS it is encrypted,
 once for all that goes in one message. All of it is on loopback, so networks add nothing, and neither does their loss of
-packets, which all streams of a tunnel share.
+packets, which all streams of a tunnel share. What all streams say in one turn of the agent's loop goes in one message of
+the tunnel, which the gateway reads at once: from engines or a listener it reads each stream by itself.
 
 **Paced**: {STREAMS} streams of {CHUNKS} chunks, one every {PACE_MS:g} ms on average (±{JITTER:.0%} at random).
 **First byte**: streams of 16 tokens at {RATE:g} a second, counted from when a request was due; *added* is the
