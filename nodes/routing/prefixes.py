@@ -99,14 +99,6 @@ class Prefixes:
                 return depth, found
         return 0, ()
 
-    def depth_in(self, engine: "Engine", hashes: Sequence[int]) -> int:
-        """How many of the beginnings that engine holds."""
-        entries = engine.held.entries
-        for depth in range(len(hashes), 0, -1):
-            if hashes[depth - 1] in entries:
-                return depth
-        return 0
-
     def note(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
         """A prompt with these beginnings, of so many tokens, goes to that engine now.
 

@@ -21,8 +21,8 @@ __all__ = ("MISSES_MAX", "Need", "NoEngine", "Router", "choose")
 
 HOME_SHARES = (0.5, 0.1)
 """What its home is worth to a prompt, and the next one, as shares of it; where the first is full or has its share, the next
-takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used for
-long; too little to make anybody wait."""
+takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
+for long; too little to make anybody wait."""
 
 SAMPLE = 2
 """Engines at random that a long prompt's own are held against: two suffice to find one that is idle while those are not. Of

@@ -17,6 +17,7 @@ from config.defaults import Settings
 from gateway.identity.accounts import AccountStore
 from gateway.identity.keys import KeyStore
 from gateway.identity.secrets import load_pepper
+from nodes.agent.lease import Lease
 from nodes.agent.reach import AgentReach
 from nodes.agent.reporter import Reporter
 from nodes.protocol import EngineReport, Heartbeat, HeartbeatReply, ModelInfo
@@ -104,11 +105,14 @@ async def agent_node(
         reach = AgentReach(options, node_id, session, engine_at=urls.get)
         node = AgentNode(node_id, urls, reach, account_id, key, context_length)
 
-        def heard(reply: HeartbeatReply) -> None:
+        def accepted(_: Heartbeat, reply: HeartbeatReply) -> None:
             node.replies.append(reply)
             reach.heard(reply.reach, reporter.changed)
 
-        reporter = Reporter(session, gateway=gateway, describe=node.describe, settings=settings, heard=heard)
+        reporter = Reporter(
+            session, gateway=gateway, describe=node.describe, settings=settings, accepted=accepted,
+            lease=Lease(settings.heartbeat_grace_s, asyncio.get_running_loop().time), fenced=lambda: None,
+        )  # fmt: skip
         async with reach:
             reporting = asyncio.create_task(reporter.run())
             try:

@@ -42,7 +42,7 @@ async def test_it_tells_what_each_engine_failed_and_scored(admin, engine, engine
     status, told = await get(admin, EXPLAIN, model=MODEL, tokens="100")
     assert status == 200
     assert [row["engine"] for row in told["candidates"]] == [first, second]
-    assert [row["scores"]["load"] for row in told["candidates"]] == [0.0, 1000.0]
+    assert [row["scores"]["load"] for row in told["candidates"]] == [0.0, 400.0]
     assert told["candidates"][0]["scores"]["uncached"] == 100
     admin.gateway.registry.engine(first).breaker.is_open = True
     _, told = await get(admin, EXPLAIN, model=MODEL, tier_min="1")

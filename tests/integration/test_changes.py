@@ -99,7 +99,7 @@ async def rows(pool: asyncpg.Pool) -> None:
             [("budget", "1"), ("account", "1")],
         ),
         ("update nodes set last_heartbeat_at = now(), gpu_status = '{\"t\": 1}', agent_version = '2'", []),
-        ("update nodes set state = 'online'", [NODE]),
+        ("update nodes set state = 'online'", [NODE, ("node_command", NODE[1])]),
         ("update nodes set epoch = epoch + 1", [NODE]),
         ("update nodes set cached_models = '{m}'", [NODE]),
         ("update engines set updated_at = now(), restarts = 3", []),

@@ -237,3 +237,19 @@ async def test_an_idle_worker_writes_once_and_is_heard_again_when_it_has_turns(p
 async def test_reports_are_kept_for_a_while_by_whoever_writes_them(pair, valkey):
     await pair[0].share.report({KEY: {"running": 4}})
     assert 0 < await valkey.ttl(REPORTED) <= load.KEPT_S
+
+
+async def test_an_engine_that_reports_too_many_turns_waiting_inside_it_is_full_until_it_is_asked_again(
+    valkey, settings, clock
+):
+    async with workers(1, valkey, settings, clock) as (one,):
+        one.puts(3, 30)
+        await one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max}})
+        assert one.engine().load.cap > 1000
+        await one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max + 1}})
+        assert not one.engine().is_fit(1000)
+        one.registry.relax_caps(1)
+        assert one.engine().is_fit(1000), "one turn more may try"
+        for _ in range(30):
+            one.registry.relax_caps(0)
+        assert not one.registry.capped

@@ -5,7 +5,7 @@ import pytest
 from bench.fake_engine import answers
 from bench.fake_engine.config import parse_flags
 from bench.fake_engine.knobs import Knobs
-from bench.fake_engine.prompts import PrefixCache, count_tokens
+from bench.fake_engine.prompts import PrefixCache, count_tokens, token_ids
 
 SYSTEM = b"You are a meticulous assistant. " * 40
 
@@ -15,6 +15,15 @@ def test_same_prefix_is_found_again_in_whole_blocks() -> None:
     assert _admit(cache, SYSTEM + b"first question") == (0, 32 * (_tokens(SYSTEM + b"first question") // 32))
     found, _ = _admit(cache, SYSTEM + b"second question, a longer one")
     assert found == 32 * (_tokens(SYSTEM) // 32)
+
+
+def test_a_rendered_prompt_has_as_many_tokens_as_are_counted_and_those_of_its_beginning_are_the_same() -> (
+    None
+):
+    first, second = ([{"role": "user", "content": (SYSTEM + end).decode()}] for end in (b"this", b"what"))
+    assert len(token_ids(first)) == count_tokens(SYSTEM + b"this", template=True)
+    assert token_ids(first)[:-1] == token_ids(second)[:-1]
+    assert token_ids(first)[-1] != token_ids(second)[-1]
 
 
 def test_salt_keeps_tenants_apart() -> None:

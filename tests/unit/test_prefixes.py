@@ -48,7 +48,6 @@ def test_the_longest_beginning_that_is_held_is_found_with_who_holds_it():
     assert prefixes.match(hashes) == (4, [long])
     assert prefixes.match(hashes[:2]) == (2, [short, long])
     assert prefixes.match(hashes_of(b"?" * 9000)) == (0, ())
-    assert (prefixes.depth_in(short, hashes), prefixes.depth_in(long, hashes)) == (2, 4)
 
 
 def test_an_engine_holds_no_more_than_its_cache_and_gives_up_the_oldest_first():
