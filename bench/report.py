@@ -23,11 +23,8 @@ Written by `make bench`; every number and verdict below is computed from the sam
     make bench         # everything, about 40 minutes; this file and the pictures are written anew
 
 One question alone: `python -m bench.request`, `bench.chunk`, `bench.latency`, `bench.memory`, `bench.routing`,
-<<<<<<< HEAD
-`bench.reach`, `bench.profile`, `bench.money`, each with `--rounds`, `--only`, `--arms` and `--json`;
-=======
-`bench.prefix`, `bench.heartbeats`, `bench.profile`, `bench.money`, each with `--rounds`, `--only`, `--arms` and `--json`;
->>>>>>> pool-routing
+`bench.prefix`, `bench.reach`, `bench.heartbeats`, `bench.profile`, `bench.money`, each with `--rounds`, `--only`, `--arms`
+and `--json`;
 `make bench ARGS="request chunk --rounds 3"` renews some parts of this file. Nothing else should run on the machine:
 medians bear some noise, 99th percentiles don't.
 """

@@ -33,7 +33,7 @@ class Node:
 
     async def beat(self, **more: Any) -> tuple[int, Any]:
         engine = {
-            "engine_id": "e0", "url": "http://127.0.0.1:9", "state": "ready",
+            "engine_id": "e0", "url": f"http://127.0.0.1:{self.account_id}", "state": "ready",
             "models": [{"id": MODEL, "context_length": 2048, "kind": "generate", "parent": None}],
         }  # fmt: skip
         body = {"api_key": self.key, "node_id": self.node_id, "instance": self.instance, "engines": [engine]}
