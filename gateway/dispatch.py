@@ -173,6 +173,10 @@ class Dispatcher:
         turn, engine, error = flight.turn, flight.engine, flight.error
         engine.ended(turn.load_tokens)
         if isinstance(error, EngineFault):
+            if is_full(
+                error
+            ):  # at once: those who wait are looked at next, and must not try it in their turn
+                self._registry.engine_full(engine)
             self._fail(turn, engine, error)
         if is_answered and turn.faults:
             self._judge(turn, is_answered=True)

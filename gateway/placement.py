@@ -54,10 +54,7 @@ class Placement:
         Raises EveryEngineFull where the turn may `wait` for one, NoNodeAvailable where not.
         """
         need, queue = self.need_of(turn, tokens, tried), self.queue
-        if last is not None:
-            if is_full(last):
-                self._registry.engine_full(tried[-1])
-        elif queue.waiting and queue.comes_after(need):
+        if last is None and queue.waiting and queue.comes_after(need):
             raise EveryEngineFull(retry_after_s=queue.retry_after_s())
         hints = turn.ask.hints
         explained = None
