@@ -91,6 +91,7 @@ class ControlHub:
         self._load = load
         self._sessions: dict[str, Session] = {}
         self._loads: dict[str, dict[str, Any]] = {}
+        self._is_closing = False
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -121,6 +122,9 @@ class ControlHub:
 
     async def serve(self, session: Session) -> None:
         """Until the agent leaves, another one takes its place, or it may not stay."""
+        if self._is_closing:
+            await _close(session.socket, GOING_AWAY, "the gateway worker ends")
+            return
         before = self._sessions.get(session.node_id)
         self._sessions[session.node_id] = session
         if before is not None:
@@ -147,7 +151,8 @@ class ControlHub:
                 raise end
 
     def close(self) -> None:
-        """The worker ends: agents connect to another one."""
+        """The worker ends: agents connect to another one, also those that come over a connection which they still have."""
+        self._is_closing = True
         for session in self._sessions.values():
             session.end(GOING_AWAY, "the gateway worker ends")
 

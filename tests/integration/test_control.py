@@ -1,6 +1,7 @@
 """The control websocket as a gateway serves it: who may connect, what comes down, what goes up."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -337,6 +338,11 @@ async def test_a_worker_that_ends_says_so_and_does_not_wait_for_agents(gw, node)
         await until(socket, "wanted")
         stopping = asyncio.create_task(gw.gateway.stop())
         assert await closed(socket) == 1001
+        with contextlib.suppress(
+            aiohttp.ClientError
+        ):  # over the connection that its heartbeat left, which is still good
+            async with node.connected() as again:
+                assert await closed(again) == 1001
         await stopping
 
 
