@@ -148,7 +148,8 @@ async def _put_on(ground: Ground, arm: Arm, load: Load, rng: random.Random) -> O
     count = load.requests if load.is_cold else PROMPTS
     job = Job(
         arm.url, key=arm.key, bodies=[_body(rng if load.is_cold else random.Random(n)) for n in range(count)],
-        seed=rng.randrange(10**9), connections=load.connections, requests=load.requests, give_up_s=300.0,
+        seed=0 if load.is_cold else rng.randrange(1, 10**9), connections=load.connections, requests=load.requests,
+        give_up_s=300.0,
     )  # fmt: skip
     outcome = await ground.load.run(job)
     assert outcome.verdicts == {"whole": load.requests}, (arm.name, outcome)

@@ -89,6 +89,7 @@ class Dispatcher:
             return None
         connection = self.upstreams.pool(engine).idle()
         if connection is None:
+            turn.engine = engine  # which `dispatch` need not choose again
             return None
         return self._take_off(turn, engine, connection, down, landed)
 
@@ -107,12 +108,9 @@ class Dispatcher:
         while not turn.faults or self._may_go_on(turn):
             if not turn.sent:
                 self._encode(turn)
-            try:
-                engine = self._choose(turn)
-            except EveryEngineFull:
-                self._judge(turn, is_answered=False)
-                turn.faults = ()
-                engine = await self._placement.wait(turn, turn.load_tokens, down)
+            engine = turn.engine if failed is None and not turn.faults else None
+            if engine is None:
+                engine = await self._chosen(turn, down)
             was_stale = failed is not None and isinstance(failed.error, Stale)
             connection = await self._connected(turn, engine, is_new=was_stale)
             failed = None
@@ -129,6 +127,15 @@ class Dispatcher:
         self._judge(turn, is_answered=False)
         _, fault = turn.faults[-1]
         raise fault.error
+
+    async def _chosen(self, turn: Turn, down: Downstream) -> Engine:
+        """An engine for the turn, if need be after waiting for one. Raises ApiError."""
+        try:
+            return self._choose(turn)
+        except EveryEngineFull:
+            self._judge(turn, is_answered=False)
+            turn.faults = ()
+            return await self._placement.wait(turn, turn.load_tokens, down)
 
     def end_late(self) -> None:
         """Have flights looked at whose time has come; to be called every `late_s`."""

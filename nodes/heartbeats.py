@@ -227,9 +227,10 @@ on conflict (node_id, engine_id) do update set
 
 READY = """
 select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models, e.kv_tokens,
-    n.region, n.tier, n.price_percent, n.reputation,
+    n.region, n.tier, n.price_percent, n.reputation * coalesce(p.reliability_score, 100) / 100 as reputation,
     n.reach = 'agent' as is_behind_agent, n.listener_host, n.listener_port, n.listener_fingerprint, t.worker
 from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.account_id
+left join providers p on p.account_id = n.account_id
 left join tunnels t on t.node_id = n.id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
 order by n.id, e.engine_id

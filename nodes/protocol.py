@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID
 
 AGENT_VERSION = "0.1.0"
-MIN_AGENT_VERSION = "0.1.0"
 HEARTBEAT_PATH = "/api/providers/heartbeat"
 TUNNEL_PATH = "/api/providers/tunnel"
 NODE_HEADER = "x-poolgate-node"  # which node a tunnel is of
@@ -296,7 +295,7 @@ class HeartbeatReply:
     needs_update: bool = False
     update_available: bool = False
     latest_version: str = AGENT_VERSION
-    min_version: str = MIN_AGENT_VERSION
+    min_version: str = ""
     approval_status: str = "approved"
     preload_model: Mapping[str, Any] | None = None
     wanted: str = "serve"  # of this node: serve, pause, drain

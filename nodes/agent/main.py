@@ -39,7 +39,7 @@ from nodes.agent.stopping import Stopping
 from nodes.agent.supervisor import Supervisor
 from nodes.agent.update import Updater
 from nodes.control_messages import Command, Progress
-from nodes.protocol import AGENT_VERSION, BadMessage, Heartbeat, HeartbeatReply
+from nodes.protocol import AGENT_VERSION, READY, BadMessage, Heartbeat, HeartbeatReply
 
 log = logging.getLogger("poolgate.agent")
 
@@ -142,8 +142,11 @@ class _Agent:
         return self._updater.exit_code if self._updater.has_replaced else 0
 
     def _engine_at(self, engine_id: str) -> str | None:
-        """The URL of one of this host's engines."""
-        return next((one.url for one in self._supervisor.reports() if one.engine_id == engine_id), None)
+        """The URL of one of this host's engines that takes work: none does without the lease, in a pause or in heat."""
+        for engine in self._supervisor.reports():
+            if engine.engine_id == engine_id and engine.state == READY:
+                return engine.url
+        return None
 
     def _build(
         self, gateway: aiohttp.ClientSession, downloads: aiohttp.ClientSession, engines: aiohttp.ClientSession

@@ -3,15 +3,15 @@
 import asyncio
 from typing import Any
 
-import aiohttp
 import orjson
 import pytest
 from openai import OpenAI
 
 from config.defaults import Settings
 from gateway.relay.tokenize import count_prompt
+from gateway.relay.upstreams import Upstreams
 from tests.engine.system import MODEL, System
-from tests.integration.test_tokenize import At, ask
+from tests.integration.test_tokenize import ask, at
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -44,11 +44,15 @@ CHATS: list[dict[str, Any]] = [
 
 
 def counted(system: System, asked: Any) -> int | None:
-    where: Any = At(system.engine.url.removeprefix("http://"))
+    port = int(system.engine.url.rpartition(":")[2])
 
     async def count() -> int | None:
-        async with aiohttp.ClientSession() as http:
-            return await count_prompt(http, Settings(tokenize_timeout_s=30.0), asked, where)
+        settings = Settings(tokenize_timeout_s=30.0)
+        upstreams = Upstreams(settings)
+        try:
+            return await count_prompt(upstreams, settings, asked, at(port))
+        finally:
+            upstreams.close()
 
     return asyncio.run(count())
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from config.changes import wake_feeds
 from config.postgres import AWAY
-from gateway.api.credentials import authenticate
+from gateway.api.credentials import admin_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Routes
 from gateway.api.services import COMMANDS, VALKEY
@@ -68,11 +68,11 @@ class NodeCommands(BaseModel):
 
 @routes.post(
     PATH, summary="Tell a node what to do", body=CommandBody, answers={202: CommandTaken},
-    errors=(400, 401, 403, 404, 409, 503), auth="key",
+    errors=(400, 403, 404, 409, 503), auth="admin",
 )  # fmt: skip
 async def send_command(request: web.Request) -> web.StreamResponse:
     """Reaches the agent at once over its control websocket, whichever worker that ends in, or with its next heartbeat."""
-    await authenticate(request, "admin")
+    await admin_of(request)
     node_id, (name, arguments) = _node_id(request), _read(await read_body(request, BODY_BYTES_MAX))
     commands = request.app[COMMANDS]
     try:
@@ -95,11 +95,11 @@ async def send_command(request: web.Request) -> web.StreamResponse:
 
 @routes.get(
     PATH, summary="What a node was told to do, and how far it is", answers={200: NodeCommands},
-    errors=(400, 401, 403, 503), auth="key",
+    errors=(400, 403, 503), auth="admin",
 )  # fmt: skip
 async def list_commands(request: web.Request) -> web.StreamResponse:
     """Those that have ended are shown for a week."""
-    await authenticate(request, "admin")
+    await admin_of(request)
     try:
         rows = await request.app[COMMANDS].recent(_node_id(request))
     except AWAY:

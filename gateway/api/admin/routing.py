@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from config.postgres import AWAY
-from gateway.api.credentials import authenticate
+from gateway.api.credentials import admin_of
 from gateway.api.inference import read_body
 from gateway.api.routes import Query, Routes
 from gateway.api.services import NODES, PLACEMENT, REGISTRY
@@ -21,8 +21,6 @@ from nodes.routing.router import Need
 from nodes.routing.snapshot import UNCAPPED, Engine
 
 routes = Routes(surface="plain", tag="Admin")
-
-SCOPE = "admin"
 
 SHOWN_MAX = 1000
 """Nodes and engines that are shown: a terminal has fewer lines."""
@@ -171,7 +169,7 @@ class Changed(BaseModel):
 
 @routes.get(
     "/api/admin/routing/explain", summary="Why a node would be chosen", answers={200: Explanation},
-    errors=(400, 401, 403, 503),
+    errors=(400, 403, 503), auth="admin",
     query=(
         Query("model", str, "The model that is asked for", required=True),
         Query("kind", str, "`generate` or `pooling`"),
@@ -188,17 +186,17 @@ class Changed(BaseModel):
 async def explain(request: web.Request) -> web.StreamResponse:
     """Each candidate, the filters that it failed and its scores, as the worker that answers sees them now. A turn itself
     tells the same in its answer's header `x-poolgate-explain` where an admin asked so with `x-poolgate-explain: 1`."""
-    await authenticate(request, SCOPE)
+    await admin_of(request)
     asked = _checked(ExplainQuery, {name: value for name, value in request.query.items() if name != "key"})
     return json_answer(request.app[PLACEMENT].explain(_need(asked), 64))
 
 
 @routes.get(
-    "/api/admin/routing/pool", summary="The pool", answers={200: Pool}, errors=(401, 403, 503),
+    "/api/admin/routing/pool", summary="The pool", answers={200: Pool}, errors=(403, 503), auth="admin",
 )  # fmt: skip
 async def pool(request: web.Request) -> web.StreamResponse:
     """Nodes, engines, their load and the queue: what `poolgate top` shows."""
-    await authenticate(request, SCOPE)
+    await admin_of(request)
     try:
         nodes = await request.app[NODES].overview(SHOWN_MAX)
     except AWAY:
@@ -221,11 +219,11 @@ async def pool(request: web.Request) -> web.StreamResponse:
 
 @routes.declare(
     "PUT", "/api/admin/routing/nodes/{node_id}", summary="What routing goes by for a node", body=NodeFactsBody,
-    answers={200: Changed}, errors=(400, 401, 403, 404, 413, 503),
+    answers={200: Changed}, errors=(400, 403, 404, 413, 503), auth="admin",
 )  # fmt: skip
 async def set_facts(request: web.Request) -> web.StreamResponse:
     """Its region and tier, what its owner asks in percent of the price book, its reputation from 0 to 1."""
-    await authenticate(request, SCOPE)
+    await admin_of(request)
     body = await read_body(request, BODY_BYTES_MAX)
     try:
         facts = TypeAdapter(NodeFactsBody).validate_json(body)
