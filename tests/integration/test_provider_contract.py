@@ -98,9 +98,17 @@ def tested(
         100_000,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("contract")
+    windows = folder / "agent.exe"
+    windows.write_bytes(b"MZ")
     url = database_named(stores.database_url, name)
     with Serving(
-        folder, url, stores.redis_url, developer_mode="true", admin_token=ADMIN, **raised
+        folder,
+        url,
+        stores.redis_url,
+        developer_mode="true",
+        admin_token=ADMIN,
+        agent_exe=str(windows),
+        **raised,
     ) as serving:
         schema = schemathesis.openapi.from_dict(CONTRACT)
         found = Served(f"http://127.0.0.1:{serving.port}", schema)
