@@ -4,9 +4,9 @@ The same sources give the same bytes everywhere: members in order, one fixed dat
 standard library is in REQUIREMENTS, which the installer puts into an environment of its own.
 """
 
-import ast
 import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,12 +75,18 @@ def _file(root: Path, module: str) -> str | None:
     return next((name for name in (f"{path}.py", f"{path}/__init__.py") if (root / name).is_file()), None)
 
 
+# Not `ast`: in Python 3.11.7 it fails where the garbage collector logs an error meanwhile (CPython's issue 106905).
+IMPORT = re.compile(r"^[ \t]*(?:from (\S+) import (\([^)]*\)|.*)|import (.*))$", re.MULTILINE)
+NAME = re.compile(r"[\w.]+")
+
+
 def _imports(source: str, module: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in OURS)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} imports relatively"
-            if (node.module or "").partition(".")[0] in OURS:
-                yield str(node.module)
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for found in IMPORT.finditer(source):
+        package, names, modules = found.groups()
+        if package is None:
+            yield from (name for name in NAME.findall(modules) if name.partition(".")[0] in OURS)
+            continue
+        assert not package.startswith("."), f"{module} imports relatively"
+        if package.partition(".")[0] in OURS:
+            yield package
+            yield from (f"{package}.{name}" for name in NAME.findall(names))
