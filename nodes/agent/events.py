@@ -31,8 +31,9 @@ GIVEN_UP = (400, 404, 405, 413, 422)  # it will not be taken the next time eithe
 class Events:
     """`note(type, severity, details)` at any time; `run()` sends."""
 
-    def __init__(self, session: aiohttp.ClientSession, *, gateway: str, key: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, *, gateway: str, key: str, node_id: str) -> None:
         self._session, self._gateway, self._key = session, gateway.rstrip("/"), key
+        self._node_id = node_id
         self._waiting: deque[tuple[str, dict[str, Any]]] = deque(maxlen=WAITING_MAX)
         self._news = asyncio.Event()
         self._backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
@@ -83,7 +84,7 @@ class Events:
         try:
             async with self._session.post(
                 self._gateway + path,
-                json={"api_key": self._key, **body},
+                json={"api_key": self._key, "node_id": self._node_id, **body},
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
                 allow_redirects=False,
             ) as answer:

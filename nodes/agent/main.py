@@ -152,7 +152,7 @@ class _Agent:
         self, gateway: aiohttp.ClientSession, downloads: aiohttp.ClientSession, engines: aiohttp.ClientSession
     ) -> None:
         options, settings, url = self._options, self._options.settings, self._options.gateway
-        self._events = Events(gateway, gateway=url, key=options.key)
+        self._events = Events(gateway, gateway=url, key=options.key, node_id=self._node_id)
         self._updater = Updater(gateway, gateway=url, key=options.key, restart=self._stopping.ask)
         self._reporter = Reporter(
             gateway, gateway=url, describe=self._describe, settings=settings, lease=self._lease,

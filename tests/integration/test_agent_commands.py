@@ -290,6 +290,7 @@ async def test_a_crash_is_told_as_an_event_and_the_start_as_readiness(gateway, t
     assert (crash["severity"], crash["api_key"]) == ("error", "k")
     assert "the model is broken" in crash["details"]
     (ready,) = gateway.readiness
+    assert {told["node_id"] for told in (*gateway.events, ready)} == {gateway.beats[-1].node_id}
     assert ready["checks"].keys() == {"cuda", "pytorch", "vram_gb", "driver"}
 
 
