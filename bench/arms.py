@@ -21,7 +21,7 @@ from bench.accounts import BUDGETS, HIGH, LARGE_NANO, make_accounts
 from bench.bodies import chat_body
 from bench.clocks import CpuClock
 from bench.peers import Peer
-from bench.processes import ROOT, START_S, STOP_S, Served, await_ready, environment, free_port, served
+from bench.processes import ROOT, START_S, Served, await_ready, ended, environment, free_port, served
 from config.defaults import Settings
 from config.metrics import FOLDER_VARIABLE
 from config.procs import Child, spawn, spawn_python
@@ -114,7 +114,7 @@ async def worker(module: str, settings: Settings, folder: Path) -> AsyncIterator
         await asyncio.to_thread(await_ready, process, url, log)
         yield Worker(process, url)
     finally:
-        await _stop(process)
+        await ended(process)
 
 
 @asynccontextmanager
@@ -136,7 +136,7 @@ async def peer(other: Peer, engines: Sequence[str], folder: Path) -> AsyncIterat
         await asyncio.to_thread(_await_answer, arm, process, log)
         yield arm
     finally:
-        await _stop(process)
+        await ended(process)
 
 
 def _await_answer(arm: Arm, process: Child, log: Path) -> None:
@@ -156,12 +156,3 @@ def _await_answer(arm: Arm, process: Child, log: Path) -> None:
             refused = error
         assert time.monotonic() < deadline_s, f"{arm.name}: {refused}\n{log.read_text()[-4000:]}"
         time.sleep(0.1)
-
-
-async def _stop(process: Child) -> None:
-    process.terminate()
-    try:
-        await asyncio.to_thread(process.wait, STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        await asyncio.to_thread(process.wait)

@@ -21,7 +21,7 @@ from bench.clocks import CpuClock
 from bench.ground import Ground, on_ground
 from bench.load import Job, Outcome
 from bench.peers import NotInstalled, VllmRouter
-from bench.processes import free_port, served
+from bench.processes import ended, free_port, served
 from bench.question import Asked, Question, run
 from bench.rounds import rounds_of, tell
 from bench.samples import Sample
@@ -243,14 +243,7 @@ async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
             await asyncio.to_thread(_await_health, url)
         yield urls
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                await asyncio.to_thread(process.wait, 20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                await asyncio.to_thread(process.wait)
+        await ended(*processes)
 
 
 @asynccontextmanager

@@ -131,7 +131,14 @@ async def served(settings: Settings, pool: asyncpg.Pool, folder: Path) -> AsyncI
         await asyncio.to_thread(await_ready, process, url, log)
         yield Served(process, url, pool, account.id, key, provider_key, log)
     finally:
+        await ended(process)
+
+
+async def ended(*processes: Child) -> None:
+    """They are asked to end, all at once, and those that don't within STOP_S are made to."""
+    for process in processes:
         process.terminate()
+    for process in processes:
         try:
             await asyncio.to_thread(process.wait, STOP_S)
         except subprocess.TimeoutExpired:

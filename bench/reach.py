@@ -18,7 +18,7 @@ from bench.bodies import chat_body
 from bench.clocks import CpuClock
 from bench.ground import Ground, on_ground
 from bench.load import Job
-from bench.processes import ROOT, STOP_S, Served, environment, free_port
+from bench.processes import ROOT, Served, ended, environment, free_port
 from bench.question import Asked, Question, run
 from bench.rounds import rounds_of, tell
 from bench.samples import Sample, paired_differences
@@ -182,12 +182,7 @@ async def _agent(
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            await asyncio.to_thread(process.wait, STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait)
+        await ended(process)
 
 
 async def _until_reached(pool: asyncpg.Pool, served: Served, *, by_listener: bool) -> None:
