@@ -43,13 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     try:
         return arguments.run(args, settings, key, lambda settings: setup_logs(settings, "agent"))
-    except arguments.BadArgument as error:
-        raise Refused(str(error)) from error
-    except RuntimeError as error:
-        from nodes.agent.main import CannotStart  # here: it loads an HTTP client
-
-        if not isinstance(error, CannotStart):
-            raise
+    except (arguments.BadArgument, arguments.CannotStart) as error:
         raise Refused(str(error)) from error
 
 

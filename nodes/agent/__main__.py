@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config.logs import setup_logs
 from config.settings import BadSetting, load_settings
-from nodes.agent.arguments import DETAILS, KEY_VARIABLE, BadArgument, add_node, key_of, run
+from nodes.agent.arguments import DETAILS, KEY_VARIABLE, BadArgument, CannotStart, add_node, key_of, run
 from nodes.protocol import AGENT_VERSION
 
 
@@ -30,11 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(args, settings, key, lambda settings: setup_logs(settings, "agent"))
     except (BadSetting, BadArgument) as error:
         return _complain(str(error), 2)
-    except RuntimeError as error:
-        if (
-            type(error).__name__ != "CannotStart"
-        ):  # its module loads an HTTP client, which --help does not need
-            raise
+    except CannotStart as error:
         return _complain(str(error), 1)
 
 

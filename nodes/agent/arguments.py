@@ -24,6 +24,10 @@ class BadArgument(ValueError):
     """An option can't be used; the text says which and why."""
 
 
+class CannotStart(RuntimeError):
+    """The agent can't run as it was asked to; the text says what to change."""
+
+
 def add_node(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--gateway", metavar="URL", required=True, help="base URL of the gateway to report to")
     group.add_argument(
@@ -62,7 +66,7 @@ def add_engines(group: "argparse._ArgumentGroup") -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings, key: str, log: Callable[[Settings], None]) -> int:
-    """Run the agent until it ends; its exit code. Raises BadArgument, and CannotStart of `main`."""
+    """Run the agent until it ends; its exit code. Raises BadArgument and CannotStart."""
     gateway = checked_url(args.gateway, "--gateway")
     engine_urls = [checked_url(url, "--engine-url") for url in args.engine_urls]
     models = [checked_model(folder) for folder in args.models]

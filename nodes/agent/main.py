@@ -20,6 +20,7 @@ import aiohttp
 
 from config.defaults import Settings
 from config.procs import die_with_parent
+from nodes.agent.arguments import CannotStart
 from nodes.agent.catalog import Catalog
 from nodes.agent.command import BadModel, ModelSpec, read_model
 from nodes.agent.conduct import Conduct
@@ -47,10 +48,6 @@ LAST_WORD_S = 3.0  # for the heartbeat that says that all engines are stopped
 ONLINE = "online"  # a file of the data folder that is there once the gateway has taken this node: the installer waits for it
 PROGRESS_MAX = 32  # of commands, in one heartbeat
 PARENT_GONE_S = 8.0  # without a parent nobody waits for turns to end
-
-
-class CannotStart(RuntimeError):
-    """The agent can't run as it was asked to; the text says what to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ import pytest
 
 from config.defaults import Settings
 from nodes.agent import engine as engine_module
-from nodes.agent.main import AgentOptions, CannotStart, run_agent
+from nodes.agent.arguments import CannotStart
+from nodes.agent.main import AgentOptions, run_agent
 from nodes.protocol import EngineLoad, EngineReport, Heartbeat
 from tests.fakes.engine import FakeEngine
 from tests.fakes.heartbeats import HeartbeatGateway, heartbeat_gateway
