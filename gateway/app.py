@@ -10,7 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from billing.prices import PriceBook
@@ -179,7 +178,6 @@ class Gateway:
             settings.database_url, max_size=WATCHERS, timeout_s=settings.database_timeout_s
         )
         self._valkey = open_valkey(settings.redis_url, timeout_s=settings.valkey_timeout_s)
-        self._http = aiohttp.ClientSession()
         pepper = load_pepper(settings)
         prices = PriceBook.load(Path(settings.price_book) if settings.price_book else None)
 
@@ -425,7 +423,6 @@ class Gateway:
         await self._load.leave()
         await self._queue_share.leave()
         self.lifecycle.upstreams.close()
-        await self._http.close()
         await self._valkey.aclose()
         for pool in (self._watch_pool, self._pool):
             try:

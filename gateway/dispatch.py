@@ -91,7 +91,7 @@ class Dispatcher:
         if connection is None:
             turn.engine = engine  # which `dispatch` need not choose again
             return None
-        return self._take_off(turn, engine, connection, down, landed)
+        return self._take_off(turn, engine, connection, down, landed, self.flights)
 
     async def dispatch(
         self, turn: Turn, down: Downstream, failed: Flight | None = None,
@@ -117,7 +117,7 @@ class Dispatcher:
             if connection is None:
                 continue
             if landed is not None:
-                return self._take_off(turn, engine, connection, down, landed)
+                return self._take_off(turn, engine, connection, down, landed, self.flights)
             flight = await self._flown(turn, engine, connection, down)
             if flight.error is None:
                 return None
@@ -145,16 +145,15 @@ class Dispatcher:
 
     def _take_off(
         self, turn: Turn, engine: Engine, connection: UpstreamConnection, down: Downstream,
-        landed: Callable[[Flight], None],
+        landed: Callable[[Flight], None], among: set[Flight],
     ) -> Flight:  # fmt: skip
         turn.engine = engine
         engine.began(turn.load_tokens)
         ask = turn.ask
         kind = WholeFlight if ask.tap is None else StreamFlight
         flight = kind(self, turn, engine, connection, down, landed)
-        self.flights.add(flight)
-        request = self.upstreams.pool(engine).request(ask.engine_path, turn.request_id, turn.sent)
-        connection.begin(request, flight.news)
+        among.add(flight)
+        connection.post(ask.engine_path, turn.request_id, turn.sent, flight.news)
         return flight
 
     async def _flown(
@@ -163,10 +162,9 @@ class Dispatcher:
         """A flight that has landed."""
         landing: asyncio.Future[Flight] = asyncio.get_running_loop().create_future()
         flight = self._take_off(
-            turn, engine, connection, down, lambda it: None if landing.done() else landing.set_result(it)
-        )
-        self.flights.discard(flight)
-        self._awaited.add(flight)
+            turn, engine, connection, down, lambda it: None if landing.done() else landing.set_result(it),
+            self._awaited,
+        )  # fmt: skip
         try:
             return await landing
         except asyncio.CancelledError:
@@ -180,9 +178,7 @@ class Dispatcher:
         turn, engine, error = flight.turn, flight.engine, flight.error
         engine.ended(turn.load_tokens)
         if isinstance(error, EngineFault):
-            if is_full(
-                error
-            ):  # at once: those who wait are looked at next, and must not try it in their turn
+            if is_full(error):  # at once: those who wait are looked at next, and must not try it
                 self._registry.engine_full(engine)
             self._fail(turn, engine, error)
         if is_answered and turn.faults:

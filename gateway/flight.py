@@ -7,6 +7,7 @@ relays events as they come. Which engine is asked, and what follows from a failu
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class Desk(Protocol):
         ...
 
 
-class Flight:
+class Flight(ABC):
     """`error`: why there is no answer. `due_s`: when `late` wants to look at it, by the loop's clock.
 
     `landed` is called once: when the answer went out, or with `error` set; never after `abandon`.
@@ -133,12 +134,15 @@ class Flight:
         self._desk.landed(self, is_answered=True)
         self._landed(self)
 
+    @abstractmethod
     def _look(self, connection: UpstreamConnection) -> None:
-        raise NotImplementedError
+        """`news` came. What it raises is why there is no answer."""
 
+    @abstractmethod
     def _look_late(self, connection: UpstreamConnection, now_s: float) -> None:
-        raise NotImplementedError
+        """`due_s` is over: raises, or sets it anew."""
 
+    @abstractmethod
     def _count(self) -> None:
         """Note what was delivered of an answer that breaks off."""
 
@@ -161,6 +165,9 @@ class WholeFlight(Flight):
 
     def _look_late(self, connection: UpstreamConnection, now_s: float) -> None:
         raise too_long()
+
+    def _count(self) -> None:
+        """Nothing: it goes out whole or not at all."""
 
 
 class StreamFlight(Flight):

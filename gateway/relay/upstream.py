@@ -90,6 +90,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.last_data_s = self._loop.time()
         self.transport.write(request)
 
+    def post(self, path: str, request_id: str, body: bytes, news: Callable[[], None]) -> None:
+        """`begin` with a POST as this connection's pool writes it: the way that it goes decides on a part of the head."""
+        assert self._pool is not None
+        self.begin(self._pool.request(path, request_id, body), news)
+
     @property
     def is_over(self) -> bool:
         """No more bytes will come for this turn."""
