@@ -196,10 +196,11 @@ async def running(settings: Settings, pool: asyncpg.Pool, folder: Path) -> Async
     account = await AccountStore(pool).create("soak", balance_nano=1_000_000 * NANO, is_provider=True)
     _, key = await KeyStore(pool, load_pepper(settings)).create(account.id, prefix="sk-pg-")
     probe_port = free_port()
-    # Not in the environment, which would win over the file: the number of workers.
+    # Not in the environment, which would win over the file: the number of workers. A client between two turns has the time
+    # that it has in production: with less, a busy machine's would send a request into the end of its connection.
     settings = replace(
         settings, workers=1, probe_port=probe_port, heartbeat_grace_s=3600.0, heartbeat_interval_s=30.0,
-        shutdown_grace_s=30.0,
+        shutdown_grace_s=30.0, drain_idle_s=Settings().drain_idle_s,
     )  # fmt: skip
     async with FakeEngine("--no-record", **KNOBS) as engine:
         report = EngineReport(
