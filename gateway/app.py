@@ -202,6 +202,7 @@ class Gateway:
         self._control = ControlHub(self._commands, self._load)
         feed.on("node_command", self._control.node_news)
         feed.on("key", self._control.key_news)
+        feed.on("key", self.tunnels.key_news)
         feed.on("account", self._control.account_news)
 
         self.money = Money(
@@ -255,6 +256,7 @@ class Gateway:
             self.registry.run_probes(self._probe),
             self._load.run(),
             self._control.run(),
+            self.tunnels.run(),
             self.placement.queue.run(),
             self._queue_share.run(),
             self._records.run(),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from gateway.api.services import KEYRING, SETTINGS
-from gateway.errors import Forbidden, InvalidApiKey, Unavailable
+from gateway.errors import ApiError, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import IdentityUnavailable, InvalidKey, KeyRing, Principal
 
 NO_KEY = "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' (or in X-API-Key, x-renter-key or ?key=)."
@@ -67,6 +67,17 @@ async def principal_of(keyring: KeyRing, secret: str, scope: str) -> Principal:
             ) from None
     check_scope(principal, scope)
     return principal
+
+
+async def is_good(keyring: KeyRing, secret: str, scope: str) -> bool:
+    """Whether what `secret` began may go on: unless it is known to be no key any more, or not to have the scope."""
+    try:
+        await principal_of(keyring, secret, scope)
+    except Unavailable:
+        return True  # the keyring can't say: nothing was revoked that this worker knows of
+    except ApiError:
+        return False
+    return True
 
 
 def check_scope(principal: Principal, scope: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -20,6 +21,8 @@ log = logging.getLogger("poolgate.tunnel")
 
 RETRY_AFTER_S = 1
 
+KeyIsGood = Callable[[], Awaitable[bool]]
+
 
 class Tunnels:
     """By node. `worker` is where this worker takes hops, told to the others with each tunnel."""
@@ -29,9 +32,10 @@ class Tunnels:
         self._settings = settings
         self._store = store
         self._tunnels: dict[str, Tunnel] = {}  # the newest of each node
-        self._all: set[Tunnel] = set()  # those that agents are leaving among them
+        self._all: dict[Tunnel, KeyIsGood] = {}  # those that agents are leaving among them
         self._forgetting: set[asyncio.Task[None]] = set()
         self._is_draining = False
+        self._key_news = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Tunnels {len(self._all)} draining={self._is_draining}>"
@@ -51,7 +55,22 @@ class Tunnels:
             raise TunnelLost("the node has no tunnel here")
         return tunnel.open(engine_id, protocol)
 
-    async def serve(self, request: web.Request, account_id: int, node_id: str) -> web.StreamResponse:
+    def key_news(self, _entity: str) -> None:
+        """For the change feed: a key, which is known by its digest, so all are looked at; the keyring has them in memory."""
+        self._key_news.set()
+
+    async def run(self) -> None:
+        """Leave the tunnels whose keys are good no more, until cancelled. Turns under way in them may end."""
+        while True:
+            await self._key_news.wait()
+            self._key_news.clear()
+            for tunnel, key_is_good in list(self._all.items()):
+                if not tunnel.is_draining and not await key_is_good():
+                    _leave(tunnel)
+
+    async def serve(
+        self, request: web.Request, account_id: int, node_id: str, key_is_good: KeyIsGood
+    ) -> web.StreamResponse:
         """One agent's tunnel, to its end. Raises Forbidden, or Unavailable when another worker should have it."""
         if self._is_draining or len(self._all) >= self._settings.tunnels_max:
             raise Unavailable("This worker takes no more tunnels. Try again.", retry_after_s=RETRY_AFTER_S)
@@ -69,21 +88,21 @@ class Tunnels:
         )
         try:
             await socket.prepare(request)
-            await self._carry(socket, node_id)
+            await self._carry(socket, node_id, key_is_good)
         finally:
             task = asyncio.create_task(self._forget(tunnel_id))
             self._forgetting.add(task)
             task.add_done_callback(self._forgetting.discard)
         return socket
 
-    async def _carry(self, socket: web.WebSocketResponse, node_id: str) -> None:
+    async def _carry(self, socket: web.WebSocketResponse, node_id: str, key_is_good: KeyIsGood) -> None:
         tunnel = Tunnel(
             window=self._settings.tunnel_window_bytes, streams_max=self._settings.tunnel_streams_max,
             drained=_end_if_left, idle=_end_if_left,
         )  # fmt: skip
         older = self._tunnels.get(node_id)
         self._tunnels[node_id] = tunnel
-        self._all.add(tunnel)
+        self._all[tunnel] = key_is_good
         if older is not None:
             _leave(older)
         if self._is_draining:
@@ -93,7 +112,7 @@ class Tunnels:
         try:
             reason = await carry(tunnel, socket)
         finally:
-            self._all.discard(tunnel)
+            del self._all[tunnel]
             if self._tunnels.get(node_id) is tunnel:
                 del self._tunnels[node_id]
             log.info(

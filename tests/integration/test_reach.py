@@ -11,6 +11,8 @@ from typing import Any
 import openai
 import pytest
 
+from gateway.identity.keys import KeyStore
+from gateway.identity.secrets import load_pepper
 from gateway.reach.pinned import pinning_context
 from nodes.tunnel.frames import OPEN, encode
 from nodes.tunnel.streams import Tunnel
@@ -241,6 +243,20 @@ async def test_an_agent_that_left_takes_its_engines_along(gw, engine, tmp_path):
     await eventually(lambda: gw.gateway.registry.engine(node.engine_key) is None)
     assert await gw.pool.fetchval("select count(*) from tunnels") == 0
     assert await status(gw) == 503
+
+
+async def test_a_tunnel_is_left_when_its_key_is_revoked_and_its_turns_end_whole(gw, behind, engines):
+    engine = await engines(pace_ms=10)
+    node = await behind("tunnel", engine)
+    asking = asyncio.create_task(events(gw, STREAM | {"max_tokens": 60}))
+    await engine.until(lambda record: bool(record["requests"]))
+    tunnel = its_tunnel(gw, node)
+    key_id = await gw.pool.fetchval("select id from api_keys where account_id = $1", node.account_id)
+    await KeyStore(gw.pool, load_pepper(gw.gateway.settings)).revoke(key_id)
+    await eventually(lambda: tunnel.is_draining)
+    assert (await asking)[-1] == "[DONE]"
+    await eventually(lambda: not gw.gateway.tunnels)
+    assert tunnel.is_lost
 
 
 async def test_a_probe_goes_the_way_of_turns(gw, behind, engine):

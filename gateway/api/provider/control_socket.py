@@ -6,12 +6,11 @@ from uuid import UUID
 from aiohttp import web
 
 from config.postgres import AWAY
-from gateway.api.credentials import authenticate, presented_key, principal_of
+from gateway.api.credentials import authenticate, is_good, presented_key
 from gateway.api.routes import Routes
 from gateway.api.services import COMMANDS, CONTROL, KEYRING
 from gateway.control import Session
-from gateway.errors import ApiError, BadRequest, Conflict, Forbidden, NotFound, Unavailable
-from gateway.identity.keyring import KeyRing
+from gateway.errors import BadRequest, Conflict, Forbidden, NotFound, Unavailable
 from nodes.control_messages import CONTROL_PATH, INSTANCE_HEADER, MESSAGE_BYTES_MAX, NODE_HEADER
 
 routes = Routes(surface="plain", tag="Providers")
@@ -48,20 +47,9 @@ async def control(request: web.Request) -> web.StreamResponse:
     if not socket.can_prepare(request):
         raise BadRequest("This path is a websocket: connect with an Upgrade.")
     await socket.prepare(request)
-    key_is_good = partial(_is_good, request.app[KEYRING], key)
+    key_is_good = partial(is_good, request.app[KEYRING], key, "node")
     await request.app[CONTROL].serve(Session(socket, node_id, instance, principal.account_id, key_is_good))
     return socket
-
-
-async def _is_good(keyring: KeyRing, key: str) -> bool:
-    """Unless it is known not to be."""
-    try:
-        await principal_of(keyring, key, "node")
-    except Unavailable:
-        return True  # the keyring can't say: nothing was revoked that this worker knows of
-    except ApiError:
-        return False
-    return True
 
 
 def _uuid(request: web.Request, header: str) -> str:
