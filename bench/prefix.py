@@ -34,6 +34,7 @@ from tests.fakes.engine import FakeEngine
 HITS = "prompt tokens found in a cache"
 GAIN = "times what a random choice finds"
 AGAINST_PEER = "times what vllm-router's cache-aware policy finds"
+LENGTH = "prompt tokens a request"
 BUSIEST = "busiest node, times the mean"
 TTFT = "first byte of a stream, p50"
 AGAINST_TWO = "times the first byte's p50 of power of two"
@@ -41,7 +42,7 @@ AGAINST_TWO = "times the first byte's p50 of power of two"
 RANDOM, TWO, PEER = "at random", "power of two", "vllm-router, cache-aware"
 STAND_INS, COLD, REAL = "4 stand-ins", "4 stand-ins, cold prompts", "2 vLLM nodes"
 
-PROMPTS, PROMPT_BYTES = 64, 4300
+PROMPTS, PROMPT_BYTES = 64, 4200
 WORKERS = 2
 BLOCK = 32
 BLOCKS = (PROMPTS // 3) * 34
@@ -133,10 +134,12 @@ async def _one(ground: Ground, case: str, arm: Arm, engines: Sequence[str], numb
         [now[name] - then[name] for now, then in zip(after, before, strict=True)] for name in COUNTERS
     )
     share, busiest = sum(found) / sum(asked) * 100, max(turns) * len(turns) / sum(turns)
+    length = sum(asked) / sum(turns)
     tell(
-        f"{case}, {arm.name}: {share:.1f} % found, busiest {busiest:.2f}, first byte {seen.ttft_p50_ms:.0f} ms"
+        f"{case}, {arm.name}: {share:.1f} % of {length:.0f} tokens found, busiest {busiest:.2f},"
+        f" first byte {seen.ttft_p50_ms:.0f} ms"
     )
-    rows = [(BUSIEST, "x", busiest)]
+    rows = [(BUSIEST, "x", busiest), (LENGTH, "", length)]
     if not load.is_cold:
         rows.insert(0, (HITS, "%", share))
     if not load.is_real:
@@ -175,7 +178,11 @@ def _body(rng: random.Random) -> dict[str, Any]:
 WORDS = (
     "answer", "question", "system", "person", "always", "never", "please", "short", "long", "number", "city", "house",
     "water", "light", "music", "paper", "river", "mountain", "table", "window", "garden", "winter", "summer", "evening",
+    "a", "of", "to", "in", "is", "it", "on", "by", "we", "he", "or", "an", "as", "at", "be", "do", "if", "no", "so",
+    "up", "my", "me", "and", "the", "for", "you", "not", "are", "can", "was", "but", "all",
+    "yes,", "now;", "then.", "well,", "7,", "12,", "30.", "lattice", "zephyr",
 )  # fmt: skip
+"""Mixed so that a token has about four bytes, as in most text."""
 
 
 def _ratios(samples: Sequence[Sample]) -> list[Sample]:
