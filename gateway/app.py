@@ -165,10 +165,22 @@ class Gateway:
 
     async def start(self, sock: socket.socket, *, accepts: bool = True) -> None:
         """Serve on `sock`, which listens already or is bound. Without `accepts`, only when `acceptor` is started."""
+        await self._open_stores()
+        app = self._build(own_port=sock.getsockname()[1])
+        self.tunnels.worker = await self._hops.start(self.settings.hop_host)
+        await self.health.check()
+        await self.money.register()
+        # Before it listens: clients may be queued on the socket of a worker that died.
+        await self.registry.reload(self._nodes)
+        self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
+        await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
+        self._begin(*self._parts())
+        await self._listen(app, sock)
+        if accepts:
+            await self.acceptor.start()
+
+    async def _open_stores(self) -> None:
         settings = self.settings
-        clock = SystemClock()
-        worker = f"{socket.gethostname()}-{os.getpid()}"
-        self.metrics = Metrics()
         self._pool = await open_pool(
             settings.database_url, max_size=settings.database_pool_max, timeout_s=settings.database_timeout_s,
             resets=False,
@@ -178,14 +190,21 @@ class Gateway:
             settings.database_url, max_size=WATCHERS, timeout_s=settings.database_timeout_s
         )
         self._valkey = open_valkey(settings.redis_url, timeout_s=settings.valkey_timeout_s)
+
+    def _build(self, own_port: int) -> web.Application:
+        """Every part, given what it needs; none has begun. The application has what handlers need."""
+        settings = self.settings
+        clock = SystemClock()
+        worker = f"{socket.gethostname()}-{os.getpid()}"
+        self.metrics = Metrics()
         pepper = load_pepper(settings)
         prices = PriceBook.load(Path(settings.price_book) if settings.price_book else None)
 
         keys = KeyStore(self._pool, pepper, self._valkey)
         keyring = KeyRing(keys, pepper, settings, clock)
-        networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
+        networks = AllowedNetworks(settings.node_networks, own_ports=(own_port,))
         self.registry = Registry(settings, networks, clock)
-        nodes = NodeStore(self._pool)
+        nodes = self._nodes = NodeStore(self._pool)
         reaching = ReachStore(self._pool)
         self.tunnels = Tunnels(settings, reaching)
         self._hops = HopServer(hop_secret(pepper), self.tunnels)
@@ -193,7 +212,7 @@ class Gateway:
         upstreams = Upstreams(settings, ways)
         self._checks = ListenerChecks(settings, store=reaching, networks=networks, ways=ways, pepper=pepper)
         self._load = LoadShare(self._valkey, self.registry, settings, worker)
-        feed = ChangeFeed(self._watch_pool, self._valkey, settings)
+        feed = self._feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
         feed.on("node", self.registry.nodes_changed)
@@ -237,22 +256,20 @@ class Gateway:
         )  # fmt: skip
 
         mailer = mailer_of(settings)
-        logins = self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
+        self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
         app = self._application(keyring, nodes, networks, prices)
-        self._add_providers(app, keys, logins)
+        self._add_providers(app, keys)
         app[services.REACHING] = reaching
         app[services.TUNNELS] = self.tunnels
         app[services.LISTENER_CHECKS] = self._checks
-        self.tunnels.worker = await self._hops.start(settings.hop_host)
-        await self.health.check()
-        await self.money.register()
-        # Before it listens: clients may be queued on the socket of a worker that died.
-        await self.registry.reload(nodes)
-        self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
-        await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
-        self._begin(
-            feed.run(),
-            self.registry.run(nodes),
+        return app
+
+    def _parts(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs for as long as the worker does."""
+        reputation = ReputationChore(self._pool, self.settings, self.metrics)
+        return [
+            self._feed.run(),
+            self.registry.run(self._nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
             self._control.run(),
@@ -263,21 +280,15 @@ class Gateway:
             self.health.run(),
             self.lifecycle.run_clock(),
             Caretaker(
-                self._watch_pool,
-                self._pool,
-                settings,
-                {ReputationChore(self._pool, settings, self.metrics).run: settings.reputation_s},
+                self._watch_pool, self._pool, self.settings, {reputation.run: self.settings.reputation_s}
             ).run(),
             self._tally.run(),
-            *([logins.run()] if logins else []),
+            *([self.logins.run()] if self.logins else []),
             self._set_gauges(),
             self._watch_leases(),
             *self.money.parts(),
             *([self._tls.run()] if self._tls else []),
-        )
-        await self._listen(app, sock)
-        if accepts:
-            await self.acceptor.start()
+        ]
 
     def _application(
         self, keyring: KeyRing, nodes: NodeStore, networks: AllowedNetworks, prices: PriceBook
@@ -308,14 +319,14 @@ class Gateway:
         add_to(app, (*ROUTES, api_docs().routes))
         return app
 
-    def _add_providers(self, app: web.Application, keys: KeyStore, logins: Logins | None) -> None:
+    def _add_providers(self, app: web.Application, keys: KeyStore) -> None:
         """What the provider API's handlers need."""
         providers = ProviderStore(self._pool)
         app[services.PROVIDERS] = providers
         app[services.PROVIDER_ACCOUNTS] = ProviderAccounts(self._pool, keys, self.settings, self._valkey)
         app[services.MARKETPLACE] = self.marketplace = Marketplace(providers)
         app[services.EVENTS] = EventStore(self._pool)
-        app[services.LOGINS] = logins
+        app[services.LOGINS] = self.logins
 
     def _begin(self, *coroutines: Coroutine[Any, Any, None]) -> None:
         for coroutine in coroutines:
