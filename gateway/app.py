@@ -230,7 +230,7 @@ class Gateway:
         )  # fmt: skip
         self.placement = Placement(settings, registry=self.registry, metrics=self.metrics)
         self._queue_share = QueueShare(self._valkey, self.placement.queue, settings, worker)
-        wish = partial(wish_by_command, WishStore(self._pool), self._commands)
+        wish = partial(wish_by_command, WishStore(self._pool), self._commands, self._valkey)
         starts = ModelStarts(settings, registry=self.registry, wish=wish, metrics=self.metrics)
 
         journal = self.money.journal

@@ -7,6 +7,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from redis.asyncio import Redis
+
+from config.changes import wake_feeds
 from config.defaults import Settings
 from config.metrics import Metrics
 from config.postgres import AWAY
@@ -26,7 +29,7 @@ Wish = Callable[[str, Sequence[str]], Awaitable[str | None]]
 
 
 async def wish_by_command(
-    wishes: WishStore, commands: CommandStore, model: str, nodes: Sequence[str]
+    wishes: WishStore, commands: CommandStore, valkey: Redis, model: str, nodes: Sequence[str]
 ) -> str | None:
     """`Wish`: the node that is asked gets a command, which its agent hears of at once; the same one is not given twice."""
     node = await wishes.wish(model, nodes)
@@ -36,6 +39,7 @@ async def wish_by_command(
         await commands.send(node, "preload_model", {"model_name": model}, expires_s=WISH_KEPT_S)
     except (UnknownNode, TooManyCommands):
         return None
+    await wake_feeds(valkey)
     return node
 
 
