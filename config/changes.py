@@ -12,12 +12,11 @@ from typing import Any
 
 import asyncpg
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from config.defaults import Settings
 from config.postgres import AWAY
-from config.valkey import end_if_cancelled
+from config.valkey import listen
 
 log = logging.getLogger("poolgate.changes")
 
@@ -42,12 +41,6 @@ TRIMMED_MAX = 50_000
 
 WAKE_GAP_S = 0.02
 """Least time between two polls: a storm of messages makes PostgreSQL answer 50 polls a second, no more."""
-
-RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 5.0
-"""Pauses between attempts to subscribe: polling goes on meanwhile, so there is no hurry."""
-
-QUIET_S = 15.0
-"""After so long without a message the connection is tried: a host that vanished would never be noticed."""
 
 # New is what the last poll's snapshot did not see. That is exact in whatever order ids and times become
 # visible, and however long a transaction stays open; the index finds it from the snapshot's oldest running
@@ -135,7 +128,10 @@ class ChangeFeed:
         """Poll until cancelled; neither store's absence ends it."""
         async with asyncio.TaskGroup() as tasks:
             if self._valkey is not None:
-                tasks.create_task(self._listen(self._valkey), name="changes-listen")
+                hearing = listen(
+                    self._valkey, CHANNEL, lambda message: self._wake.set(), changed=self._hearing
+                )
+                tasks.create_task(hearing, name="changes-listen")
             while True:
                 await self._poll_safely()
                 await asyncio.sleep(WAKE_GAP_S)
@@ -192,37 +188,13 @@ class ChangeFeed:
                     extra={"action": "change_lost", "kind": kind, "entity": entity},
                 )
 
-    async def _listen(self, valkey: Redis) -> None:
-        pause_s = RECONNECT_MIN_S
-        while True:
-            try:
-                async with valkey.pubsub() as channel:
-                    await channel.subscribe(CHANNEL)
-                    if not self._is_listening:
-                        log.info("changes are heard again", extra={"action": "changes_heard"})
-                    self._is_listening, pause_s = True, RECONNECT_MIN_S
-                    await self._hear(channel)
-            except (RedisError, OSError, TimeoutError) as error:
-                if self._is_listening:
-                    log.warning("changes are polled only: %s", error, extra={"action": "changes_unheard"})
-                self._is_listening = False
-            end_if_cancelled()
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, RECONNECT_MAX_S)
-
-    async def _hear(self, channel: PubSub) -> None:
-        """Until the connection fails, or nothing comes even after a ping: then the other side is gone."""
-        is_asked = False
-        while True:
-            end_if_cancelled()
-            message = await channel.get_message(timeout=QUIET_S)
-            if message is None and is_asked:
-                raise TimeoutError("no answer to a ping")
-            is_asked = message is None
-            if is_asked:
-                await channel.ping()
-            else:
-                self._wake.set()
+    def _hearing(self, error: Exception | None) -> None:
+        """Whether messages come has changed, or not."""
+        if error is None and not self._is_listening:
+            log.info("changes are heard again", extra={"action": "changes_heard"})
+        elif error is not None and self._is_listening:
+            log.warning("changes are polled only: %s", error, extra={"action": "changes_unheard"})
+        self._is_listening = error is None
 
 
 def _oldest(snapshot: str) -> int:

@@ -4,8 +4,10 @@ What is kept there is left to its users.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -13,6 +15,12 @@ from redis.exceptions import RedisError
 # Commands in flight at once from one process; each takes about 60 microseconds, so more only queue in the
 # server.
 CONNECTIONS_MAX = 32
+
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 5.0
+"""Pauses between attempts to subscribe: whoever listens goes on without it, so there is no hurry."""
+
+QUIET_S = 15.0
+"""After so long without a message the connection is tried: a host that vanished would never be noticed."""
 
 
 def open_valkey(url: str, *, timeout_s: float) -> Redis:
@@ -50,3 +58,42 @@ def end_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def listen(
+    valkey: Redis,
+    channel: str,
+    heard: Callable[[bytes], None],
+    *,
+    changed: Callable[[Exception | None], None] = lambda error: None,
+) -> None:
+    """Call `heard` with each message on `channel`, until cancelled. `changed` is told None when it listens, and the error
+    each time that it can't."""
+    pause_s = RECONNECT_MIN_S
+    while True:
+        try:
+            async with valkey.pubsub() as connection:
+                await connection.subscribe(channel)
+                changed(None)
+                pause_s = RECONNECT_MIN_S
+                await _hear(connection, heard)
+        except (RedisError, OSError, TimeoutError) as error:
+            changed(error)
+        end_if_cancelled()
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, RECONNECT_MAX_S)
+
+
+async def _hear(connection: PubSub, heard: Callable[[bytes], None]) -> None:
+    """Until the connection fails, or nothing comes even after a ping: then the other side is gone."""
+    is_asked = False
+    while True:
+        end_if_cancelled()
+        message = await connection.get_message(timeout=QUIET_S)
+        if message is None and is_asked:
+            raise TimeoutError("no answer to a ping")
+        is_asked = message is None
+        if message is None:
+            await connection.ping()
+        elif message["type"] == "message":
+            heard(message["data"])

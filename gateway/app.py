@@ -86,6 +86,7 @@ from nodes.events import EventStore
 from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
 from nodes.networks import AllowedNetworks
+from nodes.placements import PlacementShare
 from nodes.providers import ProviderStore
 from nodes.reaching import ReachStore
 from nodes.registry import Registry
@@ -229,6 +230,7 @@ class Gateway:
             pepper=pepper,
         )  # fmt: skip
         self.placement = Placement(settings, registry=self.registry, metrics=self.metrics)
+        self._placement_share = PlacementShare(self._valkey, self.registry, settings, worker)
         self._queue_share = QueueShare(self._valkey, self.placement.queue, settings, worker)
         wish = partial(wish_by_command, WishStore(self._pool), self._commands, self._valkey)
         starts = ModelStarts(settings, registry=self.registry, wish=wish, metrics=self.metrics)
@@ -276,6 +278,7 @@ class Gateway:
             self.tunnels.run(),
             self.placement.queue.run(),
             self._queue_share.run(),
+            self._placement_share.run(),
             self._records.run(),
             self.health.run(),
             self.lifecycle.run_clock(),

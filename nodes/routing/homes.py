@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from nodes.routing.prefixes import ENDS
-
 if TYPE_CHECKING:
     from nodes.routing.snapshot import Engine
 
@@ -72,20 +70,3 @@ class Ring:
             elif rank < less:
                 second, less = place, rank
         return (engines[first],) if count == 1 else (engines[first], engines[second])
-
-
-def home_hash(hashes: Sequence[int]) -> int:
-    """Which of a prompt's beginnings decides on its home: of the doublings the last one within its first half. So prompts
-    that end in different questions have the same home, and those that only begin alike don't."""
-    return hashes[HOME_PLACES[len(hashes)]]
-
-
-def _home_place(count: int) -> int:
-    """Which of so many beginnings that is."""
-    half = ENDS[count - 1] // 2
-    return max(
-        (place for place in range(count) if ENDS[place] <= half and ENDS[place].bit_count() == 1), default=0
-    )
-
-
-HOME_PLACES = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))

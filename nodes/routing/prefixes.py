@@ -6,7 +6,7 @@ is forgotten. It is a guess that costs a microsecond: vLLM's own KV events name 
 to tokenise every prompt here, for milliseconds.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +27,10 @@ HOLDERS_MAX = 4
 
 TOKENS_UNTOLD = 2**19
 """What an engine's KV cache is taken to hold if it does not tell: a common GPU's."""
+
+
+NEWS_MAX = 1000
+"""Of what a worker has to tell the others: more is forgotten, for a prefill each."""
 
 
 def _ends() -> tuple[int, ...]:
@@ -70,6 +74,23 @@ def tokens_of(depth: int) -> int:
     return ENDS[depth - 1] // BYTES_PER_TOKEN if depth else 0
 
 
+def home_hash(hashes: Sequence[int]) -> int:
+    """Which of a prompt's beginnings decides on its home: of the doublings the last one within its first half. So prompts
+    that end in different questions have the same home, and those that only begin alike don't."""
+    return hashes[HOME_PLACES[len(hashes)]]
+
+
+def _home_place(count: int) -> int:
+    """Which of so many beginnings that is."""
+    half = ENDS[count - 1] // 2
+    return max(
+        (place for place in range(count) if ENDS[place] <= half and ENDS[place].bit_count() == 1), default=0
+    )
+
+
+HOME_PLACES = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))
+
+
 @dataclass(slots=True)
 class Held:
     """What one engine holds: tokens by the beginning that they end, the least recently used first."""
@@ -77,6 +98,11 @@ class Held:
     tokens_max: int = TOKENS_UNTOLD
     tokens: int = 0
     entries: "OrderedDict[int, int]" = field(default_factory=OrderedDict)
+
+    @property
+    def room(self) -> int:
+        """Tokens that it could hold and has nothing for."""
+        return self.tokens_max - self.tokens
 
 
 class Prefixes:
@@ -86,6 +112,8 @@ class Prefixes:
         self._entries_max = entries_max
         self._entries = 0
         self._holders: dict[int, list[Engine]] = {}
+        # Newest last: prompts that went where not even the first half of them was held. For the other workers.
+        self.news: deque[tuple[Engine, Sequence[int], int]] = deque(maxlen=NEWS_MAX)
 
     def __len__(self) -> int:
         return self._entries
@@ -100,7 +128,13 @@ class Prefixes:
         return 0, ()
 
     def note(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
-        """A prompt with these beginnings, of so many tokens, goes to that engine now.
+        """A prompt with these beginnings, of so many tokens, goes to that engine now."""
+        if home_hash(hashes) not in engine.held.entries:
+            self.news.append((engine, hashes, tokens))
+        self.learn(engine, hashes, tokens)
+
+    def learn(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
+        """One went to that engine, from here or from another worker.
 
         The longest is touched first: of one prompt's blocks vLLM too gives up the last ones first.
         """

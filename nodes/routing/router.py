@@ -11,9 +11,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nodes.routing.filters import NO_WISHES, Wishes, meets
-from nodes.routing.homes import home_hash
 from nodes.routing.picker import INFINITE, MISSES_MAX, least_of_a_few, pick, sampled
-from nodes.routing.prefixes import BLOCK_BYTES, BYTES_PER_TOKEN, Prefixes, beginnings, seed_of, tokens_of
+from nodes.routing.prefixes import (
+    BLOCK_BYTES,
+    BYTES_PER_TOKEN,
+    Prefixes,
+    beginnings,
+    home_hash,
+    seed_of,
+    tokens_of,
+)
 from nodes.routing.scorers import SESSION_TOKENS_MIN, Policy, Ties, has_its_share
 from nodes.routing.snapshot import Engine, Group, Snapshot
 
@@ -23,6 +30,10 @@ HOME_SHARES = (0.5, 0.1)
 """What its home is worth to a prompt, and the next one, as shares of it; where the first is full or has its share, the next
 takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
 for long; too little to make anybody wait."""
+
+ROOM_TURNS = 2
+"""How many such prompts more the second home must have room for to be the first: workers see a little late what others do,
+and full caches differ by a little."""
 
 SAMPLE = 2
 """Engines at random that a long prompt's own are held against: two suffice to find one that is idle while those are not. Of
@@ -116,7 +127,7 @@ class Router:
         placed, unit = group.placed, group.unit
         best, least = None, INFINITE
         prompt_tokens = tokens_of(len(hashes))
-        homes = group.ring.homes(home_hash(hashes))
+        homes = homes_of(group, hashes, holders)
         shares = iter(HOME_SHARES)
         for engine in homes:
             if self._may_draw(engine, group, need):
@@ -201,9 +212,7 @@ class Router:
                 if group.has(engine):
                     ties.matched[engine] = tokens
             homes = [
-                engine
-                for engine in group.ring.homes(home_hash(hashes))
-                if self._may_draw(engine, group, need)
+                engine for engine in homes_of(group, hashes, holders) if self._may_draw(engine, group, need)
             ]
             for share, engine in zip(HOME_SHARES, homes, strict=False):
                 ties.hinted[engine] = int(share * prompt_tokens)
@@ -219,6 +228,18 @@ class Router:
         sessions.move_to_end(session)
         if len(sessions) > self._sessions_max:
             sessions.popitem(last=False)
+
+
+def homes_of(group: Group, hashes: Sequence[int], holders: Sequence[Engine]) -> Sequence[Engine]:
+    """The homes of a prompt, the better one first: what holds it already, or has more room for it in its cache. So caches
+    fill evenly, and nobody's prompts are given up for it while there is room elsewhere."""
+    homes = group.ring.homes(home_hash(hashes))
+    if len(homes) < 2 or homes[0] in holders:
+        return homes
+    first, second = homes
+    if second in holders or second.held.room - first.held.room > ROOM_TURNS * tokens_of(len(hashes)):
+        return second, first
+    return homes
 
 
 def hashes_of(need: Need) -> list[int]:

@@ -26,8 +26,9 @@ UNTOLD = 2**62
 UNCAPPED = 2**62
 """Turns that an engine takes which has refused none."""
 
-SHARE_WINDOW = 64
-"""Turns for each engine of a group over which its share of them is told: older ones count less and less."""
+SHARE_WINDOW = 256
+"""Turns for each engine of a group over which its share of them is told: older ones count less and less. By chance alone a
+share is then a sixteenth more or less than the mean; with 64 it would be an eighth, and pass `routing_share_max` daily."""
 
 UNIT_MAX = 1e100
 """Weight of one turn at which all weights are scaled down: doubles go further, sums of many of them as well."""

@@ -5,8 +5,19 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.routing.homes import HOME_PLACES, WINDOW, Ring, home_hash
-from nodes.routing.prefixes import BLOCK_BYTES, ENDS, HOLDERS_MAX, Prefixes, beginnings, seed_of, tokens_of
+from nodes.routing.homes import WINDOW, Ring
+from nodes.routing.prefixes import (
+    BLOCK_BYTES,
+    ENDS,
+    HOLDERS_MAX,
+    HOME_PLACES,
+    NEWS_MAX,
+    Prefixes,
+    beginnings,
+    home_hash,
+    seed_of,
+    tokens_of,
+)
 from nodes.routing.snapshot import Engine
 from tests.unit.test_router import engine
 
@@ -87,6 +98,20 @@ def test_an_engine_that_was_started_anew_holds_nothing():
     prefixes.forget(one)
     assert prefixes.match(hashes) == (len(hashes), [other])
     assert (one.held.tokens, len(one.held.entries)) == (0, 0)
+
+
+def test_news_is_what_went_where_not_even_its_first_half_was_held():
+    prefixes, one, other = Prefixes(1000), engine("1"), engine("2")
+    system, longer = hashes_of(PROMPT[:8000]), hashes_of(PROMPT[:8000] + b"?" * 8000)
+    prefixes.note(one, system, 2000)
+    prefixes.note(one, longer, 4000)  # as a conversation grows
+    prefixes.note(other, system, 2000)
+    assert list(prefixes.news) == [(one, system, 2000), (other, system, 2000)]
+    prefixes.learn(one, hashes_of(b"?" * 9000), 2000)
+    assert len(prefixes.news) == 2, "nobody tells what he was told"
+    for number in range(NEWS_MAX + 5):
+        prefixes.note(one, [number], 256)
+    assert len(prefixes.news) == NEWS_MAX
 
 
 STEPS = st.lists(
