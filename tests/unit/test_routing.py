@@ -9,7 +9,7 @@ import pytest
 
 from config.defaults import Settings
 from nodes.routing.filters import Wishes
-from nodes.routing.prefixes import Prefixes
+from nodes.routing.prefixes import Prefixes, home_hash
 from nodes.routing.router import Need, NoEngine, Router, hashes_of
 from nodes.routing.scorers import Policy
 from nodes.routing.snapshot import Engine, Snapshot
@@ -59,6 +59,36 @@ def test_an_engine_that_is_much_busier_is_left_for_an_idle_one():
     assert of.route(snapshot, need(SYSTEM[0])) is holder, "what it has in flight weighs less than a prefill"
     holder.load.tokens = 6_000
     assert of.route(snapshot, need(SYSTEM[0])) is not holder
+
+
+@pytest.mark.parametrize("caches", [22_000, 11_000], ids=["all fit", "half fit"])
+def test_caches_fill_evenly_so_no_prompt_is_given_up_while_there_is_room_elsewhere(caches):
+    """64 prompts of 1,000 tokens on four engines: by hashes alone one of them would get some 22."""
+    engines = [engine(str(number)) for number in range(4)]
+    for one in engines:
+        one.held.tokens_max = caches
+    snapshot, of = Snapshot.of(engines, 1), router()
+    for system in SYSTEM:
+        of.route(snapshot, need(system))
+    held = [one.held.tokens for one in engines]
+    assert min(held) >= min(caches, 16_000) - 2_000, held
+    before = len(of._prefixes.news)
+    for system in SYSTEM:
+        of.route(snapshot, need(system))
+    assert (len(of._prefixes.news) == before) is (caches == 22_000), "what all hold goes where it is"
+
+
+def test_a_prompt_stays_at_its_second_home_when_the_first_has_room_again():
+    engines = [engine(str(number)) for number in range(2)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    hashes = hashes_of(need(SYSTEM[0]))
+    first, second = snapshot.groups[M, "generate", None].ring.homes(home_hash(hashes))
+    first.held.tokens_max = second.held.tokens_max = 4_000
+    for number in (1, 2, 3):
+        of._prefixes.note(first, hashes_of(need(SYSTEM[number])), 1000)
+    assert of.route(snapshot, need(SYSTEM[0])) is second
+    of._prefixes.forget(first)
+    assert of.route(snapshot, need(SYSTEM[0])) is second
 
 
 @pytest.mark.parametrize("state", ["full", "open", "tried", "other provider", "small"])
