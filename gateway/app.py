@@ -254,7 +254,6 @@ class Gateway:
             self.registry.run(nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
-            self._control.run(),
             self.placement.queue.run(),
             self._queue_share.run(),
             self._records.run(),
