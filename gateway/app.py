@@ -185,7 +185,9 @@ class Gateway:
         keyring = KeyRing(keys, pepper, settings, clock)
         networks = AllowedNetworks(settings.node_networks, own_ports=(sock.getsockname()[1],))
         self.registry = Registry(settings, networks, clock)
-        nodes = NodeStore(self._pool)
+        nodes = NodeStore(
+            self._pool, credit_s=settings.heartbeat_grace_s, nodes_max=settings.provider_nodes_max
+        )
         reaching = ReachStore(self._pool)
         self.tunnels = Tunnels(settings, reaching)
         self._hops = HopServer(hop_secret(pepper), self.tunnels)
@@ -239,7 +241,6 @@ class Gateway:
         logins = self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
         app = self._application(keyring, nodes, networks, prices)
         self._add_providers(app, keys, logins)
-        app[services.REACHING] = reaching
         app[services.TUNNELS] = self.tunnels
         app[services.LISTENER_CHECKS] = self._checks
         self.tunnels.worker = await self._hops.start(settings.hop_host)
