@@ -1,4 +1,4 @@
-"""Heartbeats as rows, by the batch: what an unchanged report costs is its node's row and its readings, and little besides.
+"""Heartbeats as rows, by the batch. Of a report that says nothing new only the node's row and its readings are written.
 
 Locks are taken in the order of nodes' ids, each heartbeat is refused for itself, and none is answered before its commit.
 What `gpu_status` says is `telemetry`'s, what follows from it all `reputation`'s and `events`'.
@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import orjson
@@ -61,17 +61,25 @@ class NodeLease:
     reach: NodeReach
 
 
+Engine: TypeAlias = list[Any]
+"""url, state, reason, restarts, models, block_size, kv_tokens"""
+
+Counters: TypeAlias = list[int | None]
+"""prompt and completion tokens; None: never told"""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """A heartbeat as rows in JSON: what can't be written as such is found out before it is one of many."""
+    """A heartbeat as rows. What JSON can't say is found out before it is one of many."""
 
     account_id: int
     node_id: str
     epoch: int
     instance: str
-    urls: frozenset[str]  # that its engines are called at straight
-    node: str
-    engines: str = field(repr=False)  # rows with a comma between them
+    is_direct: bool  # its engines are called at their own addresses
+    node: str = field(repr=False)  # its row in JSON
+    engines: Mapping[str, Engine] = field(repr=False)
+    counters: Mapping[str, Counters] = field(repr=False)  # of those that tell them
     progress: tuple[Progress, ...] = ()
 
     @classmethod
@@ -85,15 +93,23 @@ class Report:
             "instance": beat.instance, "reach": beat.reach.mode, "advertised": beat.reach.advertise,
             "fingerprint": beat.reach.fingerprint, **asdict(telemetry_of(beat.gpu_status)),
         }  # fmt: skip
-        rows = [orjson.dumps({"node_id": beat.node_id, **engine.to_json()}) for engine in engines]
-        urls = frozenset(engine.url for engine in engines) if beat.reach.mode == "direct" else frozenset()
+        rows = {
+            engine.engine_id: [
+                engine.url, engine.state, engine.reason, engine.restarts, [model.to_json() for model in engine.models],
+                engine.block_size, engine.kv_tokens,
+            ]
+            for engine in engines
+        }  # fmt: skip
+        counters = {
+            engine.engine_id: [engine.prompt_tokens, engine.completion_tokens] for engine in engines if engine.tells_usage
+        }  # fmt: skip
         return cls(
-            account_id, beat.node_id, beat.epoch, beat.instance, urls, orjson.dumps(node).decode(),
-            b",".join(rows).decode(), tuple(progress),
+            account_id, beat.node_id, beat.epoch, beat.instance, beat.reach.mode == "direct", orjson.dumps(node).decode(),
+            rows, counters, tuple(progress),
         )  # fmt: skip
 
 
-Found = dict[Report, NodeLease | Exception]
+Found: TypeAlias = dict[Report, NodeLease | Exception]
 
 
 async def record(pool: asyncpg.Pool, reports: Sequence[Report], *, credit_s: float, nodes_max: int) -> Found:
@@ -131,23 +147,47 @@ async def _record(pool: asyncpg.Pool, batch: list[Report], credit_s: float, node
     async with pool.acquire() as connection, connection.transaction():
         ids = [uuid.UUID(report.node_id) for report in batch]
         await connection.execute(LOCK, ids)
-        known = await connection.fetch(KNOWN, ids, [report.account_id for report in batch])
-        rows = dict(zip(batch, known, strict=True))
-        found: Found = {report: error for report, row in rows.items() if (error := refusal(report, row))}
-        found |= await _taken(connection, {report: rows[report] for report in batch if report not in found})
-        new = [report for report in batch if report not in found and rows[report]["owner_id"] is None]
+        rows = await connection.fetch(KNOWN, ids, [report.account_id for report in batch])
+        known = dict(zip(batch, rows, strict=True))
+        found: Found = {report: error for report in batch if (error := refusal(report, known[report]))}
+        found |= await _taken(connection, {report: known[report] for report in batch if report not in found})
+        new = [report for report in batch if report not in found and known[report]["owner_id"] is None]
         found |= await _too_many(connection, new, nodes_max)
         good = [report for report in batch if report not in found]
         progress = [value for report in good for value in progress_values(report.node_id, report.progress)]
         if progress:
             await connection.executemany(PROGRESS, sorted(progress))
-        nodes, engines = _array(report.node for report in good), _array(report.engines for report in good)
-        told = await connection.fetch(WRITE, nodes, engines, credit_s) if good else ()
-    leases = {str(row["id"]): row for row in told}
+        written = (
+            await connection.fetch(WRITE, f"[{','.join(report.node for report in good)}]", credit_s)
+            if good
+            else ()
+        )
+        told = {str(row["id"]): row for row in written}
+        await _write_engines(connection, {report: known[report] for report in good if report.node_id in told})
     for report in good:  # without a row: another provider's node of this id came at the same moment
-        row = leases.get(report.node_id)
-        found[report] = NodeOfAnother() if row is None else _lease(row, preferences_of(rows[report]))
+        row = told.get(report.node_id)
+        found[report] = NodeOfAnother() if row is None else _lease(row, preferences_of(known[report]))
     return found
+
+
+async def _write_engines(connection: Any, known: Mapping[Report, Mapping[str, Any]]) -> None:
+    """What of them is not as it was. Counts come last, since an engine's hang on its row."""
+    changed, gone, counted = [], [], []
+    for report, row in known.items():
+        before = _engines(row)
+        node_id = report.node_id
+        gone += [(node_id, engine_id) for engine_id in before.keys() - report.engines.keys()]
+        for engine_id, engine in sorted(report.engines.items()):
+            as_it_was, counters = before.get(engine_id, (None, None))
+            if engine != as_it_was:
+                changed.append(
+                    [node_id, engine_id, *engine[:4], orjson.dumps(engine[4]).decode(), *engine[5:]]
+                )
+            if report.counters.get(engine_id, counters) != counters:
+                counted.append([node_id, engine_id, *report.counters[engine_id]])
+    for statement, values in ((GONE, gone), (ENGINES, changed), (USAGE, counted)):
+        if values:
+            await connection.execute(statement, *map(list, zip(*values, strict=True)))
 
 
 def refusal(report: Report, known: Mapping[str, Any]) -> Exception | None:
@@ -165,18 +205,34 @@ def refusal(report: Report, known: Mapping[str, Any]) -> Exception | None:
     return None if is_its_own or report.epoch == 0 else NodeFenced()
 
 
-async def _taken(connection: Any, rows: Mapping[Report, Any]) -> Found:
+async def _taken(connection: Any, known: Mapping[Report, Mapping[str, Any]]) -> Found:
     """Those whose engines have the address of another provider's. Who had one already, had it before anybody else."""
-    asked = [(r, url) for r, row in rows.items() for url in sorted(r.urls.difference(row["held"] or ()))]
+    asked = [(report, url) for report, row in known.items() for url in sorted(_new_urls(report, row))]
     if not asked:
         return {}
-    others = await connection.fetch(OTHERS, [r.account_id for r, _ in asked], [url for _, url in asked])
+    others = await connection.fetch(
+        OTHERS, [report.account_id for report, _ in asked], [url for _, url in asked]
+    )
     owners = {row["url"]: row["owner_id"] for row in others}
     found: Found = {}
     for report, url in asked:
         if report not in found and owners.setdefault(url, report.account_id) != report.account_id:
             found[report] = AddressOfAnother()
     return found
+
+
+def _new_urls(report: Report, row: Mapping[str, Any]) -> set[str]:
+    if not report.is_direct:
+        return set()
+    urls = {engine[0] for engine in report.engines.values()}
+    return urls - {engine[0] for engine, _ in _engines(row).values()} if row["holds_urls"] else urls
+
+
+def _engines(row: Mapping[str, Any]) -> dict[str, tuple[Engine, Counters]]:
+    """By engine_id, as they are known."""
+    return {
+        engine_id: (engine, counters) for engine_id, engine, counters in orjson.loads(row["engines"] or "[]")
+    }
 
 
 async def _too_many(connection: Any, new: list[Report], nodes_max: int) -> Found:
@@ -194,10 +250,6 @@ async def _too_many(connection: Any, new: list[Report], nodes_max: int) -> Found
     return found
 
 
-def _array(rows: Iterable[str]) -> str:
-    return f"[{','.join(filter(None, rows))}]"
-
-
 def _lease(row: asyncpg.Record, preferences: Preferences) -> NodeLease:
     commands = (
         () if row["commands"] == "[]" else tuple(Command(**given) for given in json.loads(row["commands"]))
@@ -211,8 +263,13 @@ LOCK = "select from nodes where id = any($1::uuid[]) order by id for no key upda
 # A statement of its own: what it sees is not older than the locks.
 KNOWN = f"""
 select a.approval_status, a.time_zone, {", ".join(PREFERENCES)}, n.account_id as owner_id, n.instance,
-    case when n.reach = 'direct' and n.state <> 'offline' then array(select url from engines where node_id = n.id) end
-        as held
+    n.reach = 'direct' and n.state <> 'offline' as holds_urls,
+    (select json_agg(json_build_array(
+        e.engine_id,
+        json_build_array(e.url, e.state, e.reason, e.restarts, e.models, e.block_size, e.kv_tokens),
+        json_build_array(u.counter_prompt, u.counter_completion)))
+     from engines e left join engine_usage u on u.node_id = e.node_id and u.engine_id = e.engine_id
+     where e.node_id = n.id) as engines
 from unnest($1::uuid[], $2::bigint[]) with ordinality as b(node_id, account_id, place)
 left join (providers p join accounts a on a.id = p.account_id and a.is_provider) on p.account_id = b.account_id
 left join nodes n on n.id = b.node_id
@@ -233,9 +290,8 @@ AS_BEFORE = (
 )
 
 # A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused. What was checked
-# of a listener is forgotten when its agent says another thing of it. Of engines only what changed is written. A host without
-# a GPU has no samples. An engine's counters begin anew with each of its starts; what it told before it was first heard
-# counts for nothing. The time since the heartbeat before counts as up, at most $3 seconds of it.
+# of a listener is forgotten when its agent says another thing of it. A host without a GPU has no samples. The time since the
+# heartbeat before counts as up, at most $2 seconds of it.
 WRITE = f"""
 with beat as materialized (
     select * from jsonb_to_recordset($1::jsonb) as beat(
@@ -243,10 +299,6 @@ with beat as materialized (
         instance text, reach text, advertised text, fingerprint text, gpu_name text, gpu_count int, vram_mib bigint,
         compute_capability text, cuda_version text, driver_version text, util_pct real, vram_used_mib bigint,
         vram_free_mib bigint, temp_c real, power_w real)
-), told as materialized (
-    select * from jsonb_to_recordset($2::jsonb) as told(
-        node_id uuid, engine_id text, url text, state text, reason text, restarts bigint, models jsonb, block_size bigint,
-        kv_tokens bigint, prompt_tokens bigint, completion_tokens bigint)
 ), node as (
     insert into nodes as n (id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version,
         instance, reach, advertised, fingerprint)
@@ -271,22 +323,6 @@ with beat as materialized (
         listener_problem = case when {AS_BEFORE} then n.listener_problem else '' end
     where n.account_id = excluded.account_id
     returning n.*
-), engine as (
-    insert into engines (node_id, engine_id, url, state, reason, restarts, models, block_size, kv_tokens)
-    select node_id, engine_id, url, told.state, reason, restarts, models, block_size, kv_tokens
-    from told join node on node.id = told.node_id
-    where not exists (
-        select from engines e where e.node_id = told.node_id and e.engine_id = told.engine_id
-            and (e.url, e.state, e.reason, e.restarts, e.models, e.block_size, e.kv_tokens)
-              = (told.url, told.state, told.reason, told.restarts, told.models, told.block_size, told.kv_tokens))
-    order by node_id, engine_id
-    on conflict (node_id, engine_id) do update set
-        url = excluded.url, state = excluded.state, reason = excluded.reason, restarts = excluded.restarts,
-        models = excluded.models, block_size = excluded.block_size, kv_tokens = excluded.kv_tokens,
-        updated_at = clock_timestamp()
-), gone as (
-    delete from engines e using node where e.node_id = node.id
-        and not exists (select from told where told.node_id = e.node_id and told.engine_id = e.engine_id)
 ), facts as (
     insert into node_facts as f (node_id, gpu_name, gpu_count, vram_mib, compute_capability, cuda_version, driver_version)
     select node_id, gpu_name, gpu_count, vram_mib, compute_capability, cuda_version, driver_version
@@ -295,7 +331,7 @@ with beat as materialized (
         gpu_name = excluded.gpu_name, gpu_count = excluded.gpu_count, vram_mib = excluded.vram_mib,
         compute_capability = excluded.compute_capability, cuda_version = excluded.cuda_version,
         driver_version = excluded.driver_version,
-        up_s = f.up_s + least(extract(epoch from excluded.heard_at - f.heard_at), $3),
+        up_s = f.up_s + least(extract(epoch from excluded.heard_at - f.heard_at), $2),
         heard_at = excluded.heard_at
 ), sample as (
     insert into gpu_samples (node_id, minute, util_pct, vram_used_mib, vram_free_mib, temp_c, power_w)
@@ -304,26 +340,39 @@ with beat as materialized (
     on conflict (node_id, minute) do update set
         util_pct = excluded.util_pct, vram_used_mib = excluded.vram_used_mib,
         vram_free_mib = excluded.vram_free_mib, temp_c = excluded.temp_c, power_w = excluded.power_w
-), counted as (
-    insert into engine_usage as u (node_id, engine_id, counter_prompt, counter_completion)
-    select node_id, engine_id, prompt_tokens, completion_tokens from told join node on node.id = told.node_id
-    where prompt_tokens is not null and completion_tokens is not null
-        and not exists (
-            select from engine_usage k where k.node_id = told.node_id and k.engine_id = told.engine_id
-                and k.counter_prompt = prompt_tokens and k.counter_completion = completion_tokens)
-    order by node_id, engine_id
-    on conflict (node_id, engine_id) do update set
-        reported_prompt = u.reported_prompt + excluded.counter_prompt - case
-            when u.counter_prompt is null then excluded.counter_prompt
-            when excluded.counter_prompt >= u.counter_prompt then u.counter_prompt else 0 end,
-        reported_completion = u.reported_completion + excluded.counter_completion - case
-            when u.counter_completion is null then excluded.counter_completion
-            when excluded.counter_completion >= u.counter_completion then u.counter_completion else 0 end,
-        checked_relayed_prompt = case
-            when u.counter_prompt is null then u.relayed_prompt else u.checked_relayed_prompt end,
-        checked_relayed_completion = case
-            when u.counter_completion is null then u.relayed_completion else u.checked_relayed_completion end,
-        counter_prompt = excluded.counter_prompt, counter_completion = excluded.counter_completion
 )
 select n.id, n.epoch, n.state, n.wanted, {OPEN} as commands, {WAYS} from node n
 """  # noqa: S608 - constants of ours
+
+GONE = """
+delete from engines e using unnest($1::uuid[], $2::text[]) as gone(node_id, engine_id)
+where e.node_id = gone.node_id and e.engine_id = gone.engine_id
+"""
+
+ENGINES = """
+insert into engines (node_id, engine_id, url, state, reason, restarts, models, block_size, kv_tokens)
+select * from unnest(
+    $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::jsonb[], $8::bigint[], $9::bigint[])
+on conflict (node_id, engine_id) do update set
+    url = excluded.url, state = excluded.state, reason = excluded.reason, restarts = excluded.restarts,
+    models = excluded.models, block_size = excluded.block_size, kv_tokens = excluded.kv_tokens,
+    updated_at = clock_timestamp()
+"""
+
+# A counter begins anew with each start of its engine; what it told before it was first heard counts for nothing.
+USAGE = """
+insert into engine_usage as u (node_id, engine_id, counter_prompt, counter_completion)
+select * from unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[])
+on conflict (node_id, engine_id) do update set
+    reported_prompt = u.reported_prompt + excluded.counter_prompt - case
+        when u.counter_prompt is null then excluded.counter_prompt
+        when excluded.counter_prompt >= u.counter_prompt then u.counter_prompt else 0 end,
+    reported_completion = u.reported_completion + excluded.counter_completion - case
+        when u.counter_completion is null then excluded.counter_completion
+        when excluded.counter_completion >= u.counter_completion then u.counter_completion else 0 end,
+    checked_relayed_prompt = case
+        when u.counter_prompt is null then u.relayed_prompt else u.checked_relayed_prompt end,
+    checked_relayed_completion = case
+        when u.counter_completion is null then u.relayed_completion else u.checked_relayed_completion end,
+    counter_prompt = excluded.counter_prompt, counter_completion = excluded.counter_completion
+"""
