@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from billing.prices import PriceBook
-from config.changes import ChangeFeed
+from config.changes import EVERYTHING, ChangeFeed
 from config.clock import SystemClock
 from config.defaults import Settings
 from config.metrics import Metrics
@@ -198,8 +198,8 @@ class Gateway:
         feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
-        feed.on("node", self.registry.nodes_changed)
-        feed.on("account", self.registry.nodes_changed)  # a provider was suspended, or its approval changed
+        feed.on("node", self.registry.node_changed)
+        feed.on("account", self.registry.account_changed)
         self._commands = CommandStore(self._pool)
         self._control = ControlHub(self._commands, self._load)
         feed.on("node_command", self._control.node_news)
@@ -248,7 +248,9 @@ class Gateway:
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
         await self.registry.reload(nodes)
-        self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
+        self.registry.node_changed(
+            EVERYTHING
+        )  # once more when the change feed runs: nothing in between is missed
         await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
         self._begin(
             feed.run(),

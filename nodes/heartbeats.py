@@ -61,6 +61,16 @@ class CachedRow(NamedTuple):
     node_id: str
 
 
+class PoolRows(NamedTuple):
+    """Every engine that may serve, the number of nodes online, and the models that these have on disk. Of engines and models
+    only those of `nodes`, if not None: of them these are all."""
+
+    engines: list[EngineRow]
+    nodes_online: int
+    cached: list[CachedRow]
+    nodes: frozenset[str] | None = None
+
+
 class NodeStore:
     """The only place with SQL about nodes and engines."""
 
@@ -89,16 +99,27 @@ class NodeStore:
         found = await record(self._pool, reports, credit_s=self._credit_s, nodes_max=self._nodes_max)
         return [found[report] for report in reports]
 
-    async def pool(self) -> tuple[list[EngineRow], int, list[CachedRow]]:
-        """Every engine that may serve, the number of nodes online, and the models that these have on disk."""
+    async def pool(self) -> PoolRows:
+        """As it is now."""
+        return await self._pool_of(None)
+
+    async def changed(self, nodes: Iterable[str], accounts: Iterable[str]) -> PoolRows:
+        """As it is now, of these nodes and of those that these accounts own."""
+        owned = await self._pool.fetch(OWNED, [int(account_id) for account_id in accounts])
+        return await self._pool_of(frozenset(nodes) | {str(row["id"]) for row in owned})
+
+    async def _pool_of(self, nodes: frozenset[str] | None) -> PoolRows:
+        only = None if nodes is None else [uuid.UUID(node_id) for node_id in nodes]
         async with (
             self._pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
-            rows = await connection.fetch(READY)
+            rows = await connection.fetch(READY, only)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
-            cached = await connection.fetch(CACHED)
-        return [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached]
+            cached = await connection.fetch(CACHED, only)
+        return PoolRows(
+            [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached], nodes
+        )
 
     async def overview(self, limit: int) -> list[dict[str, Any]]:
         """Nodes for people, those that were heard of last first: state, hardware, models on disk, what routing goes by."""
@@ -153,13 +174,18 @@ from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.acco
 left join providers p on p.account_id = n.account_id
 left join tunnels t on t.node_id = n.id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
+    and ($1::uuid[] is null or n.id = any($1))
 order by n.id, e.engine_id
 """
 
 CACHED = """
 select model, n.id::text from nodes n join accounts a on a.id = n.account_id, unnest(n.cached_models) as model
-where n.state = 'online' and a.status = 'active' and a.approval_status = 'approved' order by model, n.id
+where n.state = 'online' and a.status = 'active' and a.approval_status = 'approved'
+    and ($1::uuid[] is null or n.id = any($1))
+order by model, n.id
 """
+
+OWNED = "select id from nodes where account_id = any($1::bigint[])"
 
 OVERVIEW = """
 select id::text as node_id, account_id, hostname, state, epoch, agent_version, cached_models, gpu_status,
