@@ -1,112 +1,40 @@
 """Heartbeats as rows, by the batch. Of a report that says nothing new only the node's row and its readings are written.
 
 Locks are taken in the order of nodes' ids, each heartbeat is refused for itself, and none is answered before its commit.
-What `gpu_status` says is `telemetry`'s, what follows from it all `reputation`'s and `events`'.
+What may be written is decided in `reports`; what follows from it all is `reputation`'s and `events`'.
 """
 
-import json
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import asyncpg
 import orjson
 
-from config.postgres import AWAY
-from nodes.commands import OPEN, PROGRESS, Command, progress_values
-from nodes.control_messages import Progress
-from nodes.protocol import WANTED_BY_STATE, EngineReport, Heartbeat
-from nodes.providers import PREFERENCES, Preferences, UnknownProvider, preferences_of
-from nodes.reaching import WAYS, NodeReach, reach_of
-from nodes.telemetry import telemetry_of
+from config.postgres import AWAY, Row
+from nodes.commands import OPEN, PROGRESS, progress_values
+from nodes.control_messages import Command
+from nodes.protocol import WANTED_BY_STATE
+from nodes.providers import PREFERENCES, Preferences, preferences_of
+from nodes.reaching import WAYS, reach_of
+from nodes.reports import (
+    AddressOfAnother,
+    NodeLease,
+    NodeOfAnother,
+    Report,
+    TooManyNodes,
+    batches_of,
+    engines_known,
+    new_urls,
+    refusal,
+)
 
 SPOILING = (
     asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.exceptions.TransactionRollbackError,
 )  # fmt: skip
 """How one heartbeat may spoil its transaction: a value that can't be kept, a provider deleted amid it, a deadlock with who
 deletes one. Each of its batch is then written alone."""
-
-
-class NotApproved(Exception):
-    """The node's provider is not approved."""
-
-
-class NodeOfAnother(Exception):
-    """The node id belongs to another provider."""
-
-
-class NodeFenced(Exception):
-    """Another agent has taken this node since: the one that asks has lost it for ever."""
-
-
-class TooManyNodes(Exception):
-    """The provider has as many nodes as one may have."""
-
-
-class AddressOfAnother(Exception):
-    """An engine of another provider has that address."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLease:
-    """What a node may count on after a heartbeat, and what its agent is to know."""
-
-    epoch: int
-    state: str
-    wanted: str
-    commands: tuple[Command, ...]  # not done yet
-    preferences: Preferences
-    reach: NodeReach
-
-
-Engine: TypeAlias = list[Any]
-"""url, state, reason, restarts, models, block_size, kv_tokens"""
-
-Counters: TypeAlias = list[int | None]
-"""prompt and completion tokens; None: never told"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Report:
-    """A heartbeat as rows. What JSON can't say is found out before it is one of many."""
-
-    account_id: int
-    node_id: str
-    epoch: int
-    instance: str
-    is_direct: bool  # its engines are called at their own addresses
-    node: str = field(repr=False)  # its row in JSON
-    engines: Mapping[str, Engine] = field(repr=False)
-    counters: Mapping[str, Counters] = field(repr=False)  # of those that tell them
-    progress: tuple[Progress, ...] = ()
-
-    @classmethod
-    def of(
-        cls, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], progress: Iterable[Progress]
-    ) -> "Report":
-        """Raises TypeError for what JSON can't say."""
-        node = {
-            "node_id": beat.node_id, "account_id": account_id, "hostname": beat.provider_hostname,
-            "cached_models": beat.cached_models, "gpu_status": beat.gpu_status, "agent_version": beat.agent_version,
-            "instance": beat.instance, "reach": beat.reach.mode, "advertised": beat.reach.advertise,
-            "fingerprint": beat.reach.fingerprint, **asdict(telemetry_of(beat.gpu_status)),
-        }  # fmt: skip
-        rows = {
-            engine.engine_id: [
-                engine.url, engine.state, engine.reason, engine.restarts, [model.to_json() for model in engine.models],
-                engine.block_size, engine.kv_tokens,
-            ]
-            for engine in engines
-        }  # fmt: skip
-        counters = {
-            engine.engine_id: [engine.prompt_tokens, engine.completion_tokens] for engine in engines if engine.tells_usage
-        }  # fmt: skip
-        return cls(
-            account_id, beat.node_id, beat.epoch, beat.instance, beat.reach.mode == "direct", orjson.dumps(node).decode(),
-            rows, counters, tuple(progress),
-        )  # fmt: skip
 
 
 Found: TypeAlias = dict[Report, NodeLease | Exception]
@@ -132,17 +60,6 @@ async def record(pool: asyncpg.Pool, reports: Sequence[Report], *, credit_s: flo
     return found
 
 
-def batches_of(reports: Iterable[Report]) -> list[list[Report]]:
-    """Each has a node once, in the order of ids in which rows are locked; what a node said first comes first."""
-    batches: list[dict[str, Report]] = []
-    for report in reports:
-        batch = next((batch for batch in batches if report.node_id not in batch), None)
-        if batch is None:
-            batches.append(batch := {})
-        batch[report.node_id] = report
-    return [[batch[node_id] for node_id in sorted(batch)] for batch in batches]
-
-
 async def _record(pool: asyncpg.Pool, batch: list[Report], credit_s: float, nodes_max: int) -> Found:
     async with pool.acquire() as connection, connection.transaction():
         ids = [uuid.UUID(report.node_id) for report in batch]
@@ -157,11 +74,8 @@ async def _record(pool: asyncpg.Pool, batch: list[Report], credit_s: float, node
         progress = [value for report in good for value in progress_values(report.node_id, report.progress)]
         if progress:
             await connection.executemany(PROGRESS, sorted(progress))
-        written = (
-            await connection.fetch(WRITE, f"[{','.join(report.node for report in good)}]", credit_s)
-            if good
-            else ()
-        )
+        nodes = f"[{','.join(report.node for report in good)}]"
+        written = await connection.fetch(WRITE, nodes, credit_s) if good else ()
         told = {str(row["id"]): row for row in written}
         await _write_engines(connection, {report: known[report] for report in good if report.node_id in told})
     for report in good:  # without a row: another provider's node of this id came at the same moment
@@ -170,11 +84,11 @@ async def _record(pool: asyncpg.Pool, batch: list[Report], credit_s: float, node
     return found
 
 
-async def _write_engines(connection: Any, known: Mapping[Report, Mapping[str, Any]]) -> None:
+async def _write_engines(connection: Any, known: Mapping[Report, Row]) -> None:
     """What of them is not as it was. Counts come last, since an engine's hang on its row."""
     changed, gone, counted = [], [], []
     for report, row in known.items():
-        before = _engines(row)
+        before = engines_known(row)
         node_id = report.node_id
         gone += [(node_id, engine_id) for engine_id in before.keys() - report.engines.keys()]
         for engine_id, engine in sorted(report.engines.items()):
@@ -190,58 +104,31 @@ async def _write_engines(connection: Any, known: Mapping[Report, Mapping[str, An
             await connection.execute(statement, *map(list, zip(*values, strict=True)))
 
 
-def refusal(report: Report, known: Mapping[str, Any]) -> Exception | None:
-    """What keeps a report from being written, as far as its node and its provider go; `known` is a row of KNOWN.
-
-    An agent that begins (epoch 0) takes the node; the one that had it is fenced from then on.
-    """
-    if known["approval_status"] is None:
-        return UnknownProvider()
-    if known["approval_status"] != "approved":
-        return NotApproved()
-    if known["owner_id"] not in (None, report.account_id):
-        return NodeOfAnother()
-    is_its_own = report.instance in ("", known["instance"]) or not known["instance"]
-    return None if is_its_own or report.epoch == 0 else NodeFenced()
-
-
-async def _taken(connection: Any, known: Mapping[Report, Mapping[str, Any]]) -> Found:
+async def _taken(connection: Any, known: Mapping[Report, Row]) -> Found:
     """Those whose engines have the address of another provider's. Who had one already, had it before anybody else."""
-    asked = [(report, url) for report, row in known.items() for url in sorted(_new_urls(report, row))]
+    asked = {report: urls for report, row in known.items() if (urls := new_urls(report, row))}
     if not asked:
         return {}
-    others = await connection.fetch(
-        OTHERS, [report.account_id for report, _ in asked], [url for _, url in asked]
-    )
-    owners = {row["url"]: row["owner_id"] for row in others}
+    pairs = [(report.account_id, url) for report, urls in asked.items() for url in urls]
+    others = await connection.fetch(OTHERS, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    taken = {(row["account_id"], row["url"]) for row in others}
+    owners: dict[str, int] = {}
     found: Found = {}
-    for report, url in asked:
-        if report not in found and owners.setdefault(url, report.account_id) != report.account_id:
+    for report, urls in asked.items():
+        owner = report.account_id
+        if any((owner, url) in taken or owners.get(url, owner) != owner for url in urls):
             found[report] = AddressOfAnother()
+        else:
+            owners |= dict.fromkeys(urls, owner)
     return found
-
-
-def _new_urls(report: Report, row: Mapping[str, Any]) -> set[str]:
-    if not report.is_direct:
-        return set()
-    urls = {engine[0] for engine in report.engines.values()}
-    return urls - {engine[0] for engine, _ in _engines(row).values()} if row["holds_urls"] else urls
-
-
-def _engines(row: Mapping[str, Any]) -> dict[str, tuple[Engine, Counters]]:
-    """By engine_id, as they are known."""
-    return {
-        engine_id: (engine, counters) for engine_id, engine, counters in orjson.loads(row["engines"] or "[]")
-    }
 
 
 async def _too_many(connection: Any, new: list[Report], nodes_max: int) -> Found:
     """Those for whose nodes there is no room any more."""
     if not new:
         return {}
-    counts = {
-        row["account_id"]: row["count"] for row in await connection.fetch(COUNTS, [r.account_id for r in new])
-    }
+    rows = await connection.fetch(COUNTS, [report.account_id for report in new])
+    counts = {row["account_id"]: row["count"] for row in rows}
     found: Found = {}
     for report in new:
         count = counts[report.account_id] = counts.get(report.account_id, 0) + 1
@@ -251,9 +138,7 @@ async def _too_many(connection: Any, new: list[Report], nodes_max: int) -> Found
 
 
 def _lease(row: asyncpg.Record, preferences: Preferences) -> NodeLease:
-    commands = (
-        () if row["commands"] == "[]" else tuple(Command(**given) for given in json.loads(row["commands"]))
-    )
+    commands = tuple(Command(**given) for given in orjson.loads(row["commands"]))
     wanted = WANTED_BY_STATE.get(row["state"], row["wanted"])  # its provider may have paused it
     return NodeLease(row["epoch"], row["state"], wanted, commands, preferences, reach_of(row))
 
@@ -277,10 +162,9 @@ order by b.place
 """  # noqa: S608 - constants of ours
 
 OTHERS = """
-select u.url, min(n.account_id) as owner_id
+select distinct u.account_id, u.url
 from unnest($1::bigint[], $2::text[]) as u(account_id, url) join engines e on e.url = u.url join nodes n on n.id = e.node_id
 where n.account_id <> u.account_id and n.reach = 'direct' and n.state <> 'offline'
-group by u.url
 """
 
 COUNTS = "select account_id, count(*) from nodes where account_id = any($1::bigint[]) group by account_id"

@@ -13,9 +13,10 @@ import asyncpg
 import orjson
 
 from config.gathering import Gathering
-from nodes.beats import NodeLease, NodeOfAnother, Report, TooManyNodes, record
+from nodes.beats import record
 from nodes.control_messages import Progress
 from nodes.protocol import EngineReport, Heartbeat
+from nodes.reports import NodeLease, NodeOfAnother, Report, TooManyNodes
 
 GAP_S, GATHERED_MAX = 0.05, 256
 """Heartbeats that come closer together than this are written together, so that thousands of nodes cost 20 transactions a

@@ -94,7 +94,7 @@ class LoadShare:
                 batch.hset(IN_FLIGHT, self._worker, entry)
                 batch.expire(IN_FLIGHT, KEPT_S)
             if untold:
-                batch.hset(REPORTED, mapping=dict(untold))
+                batch.hset(REPORTED, items=[part for pair in untold.items() for part in pair])
                 batch.expire(REPORTED, KEPT_S)
             batch.hgetall(IN_FLIGHT)
             batch.hgetall(REPORTED)

@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import orjson
 
+from config.postgres import Row
 from nodes.telemetry import Telemetry
 
 LISTED_MAX = 1000
@@ -250,7 +251,7 @@ async def _update(connection: Any, account_id: int, changes: Mapping[str, Any]) 
         raise UnknownProvider
 
 
-def preferences_of(row: Mapping[str, Any]) -> Preferences:
+def preferences_of(row: Row) -> Preferences:
     """Of a row with their columns, and the account's time zone."""
     return Preferences(**{name: row[name] for name in (*PREFERENCES, "time_zone")})
 

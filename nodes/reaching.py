@@ -1,13 +1,12 @@
 """The rows that say how a node is reached: what its agent asks for, the listener that was checked, the open tunnel."""
 
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import asyncpg
 
+from config.postgres import Row
 from nodes.protocol import ReachAsked
 from nodes.reach import DIRECT, LISTENER, NONE, TUNNEL
 
@@ -30,7 +29,7 @@ WAYS = """
 """
 
 
-def reach_of(row: Mapping[str, Any]) -> NodeReach:
+def reach_of(row: Row) -> NodeReach:
     """Of a row with WAYS."""
     if row["reach"] == "direct":
         way = DIRECT

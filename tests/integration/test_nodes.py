@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import reduce
 from typing import Any
 
 import asyncpg
@@ -164,6 +165,7 @@ BAD: list[Any] = [
     {"provider_hostname": "a\x00b"}, {"cached_models": ["a\x00b"]}, {"gpu_status": {"x": "a\x00b"}},
     {"agent_version": "\x00"}, {"provider_hostname": "x" * 10_000}, {"load": []},
     {"engines": [{"engine_id": "e", "url": "http://127.0.0.1:1", "state": "ready"}], "load": {"e": 5}},
+    {"gpu_status": reduce(lambda inner, _: {"x": inner}, range(500), {})},
 ]  # fmt: skip
 
 

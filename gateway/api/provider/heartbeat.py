@@ -28,7 +28,6 @@ from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Conflict, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
 from gateway.identity.providers import SCOPE
-from nodes.beats import AddressOfAnother, NodeFenced, NodeLease, NodeOfAnother, NotApproved, TooManyNodes
 from nodes.control_messages import Progress
 from nodes.networks import EngineUrlRefused
 from nodes.protocol import (
@@ -43,6 +42,7 @@ from nodes.protocol import (
 from nodes.providers import UnknownProvider
 from nodes.reach import DIRECT, ENGINE_ID
 from nodes.reaching import NodeReach
+from nodes.reports import AddressOfAnother, NodeFenced, NodeLease, NodeOfAnother, NotApproved, TooManyNodes
 from nodes.versions import is_older
 
 log = logging.getLogger("poolgate.nodes")
@@ -125,9 +125,9 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         reply = await _record(request, beat, principal)
     except BadMessage as error:
         raise BadRequest(str(error)) from None
-    except asyncpg.DataError:
+    except (asyncpg.DataError, orjson.JSONEncodeError):
         raise BadRequest(
-            "The heartbeat has a text or a number that can't be kept, as one with a NUL."
+            "The heartbeat has a text or a number that can't be kept, as one with a NUL, or a hundred levels."
         ) from None
     except AWAY as error:
         log.debug(  # that PostgreSQL is away is told once, by the change feed

@@ -24,8 +24,8 @@ from gateway.api.routes import Routes
 from gateway.api.services import EVENTS, NODES, PROVIDERS
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest
-from nodes.beats import NodeOfAnother, TooManyNodes
 from nodes.events import Event
+from nodes.reports import NodeOfAnother, TooManyNodes
 
 routes = Routes(surface="plain", tag="Providers")
 
