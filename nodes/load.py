@@ -6,7 +6,7 @@ serve; a worker that stopped writing is forgotten after a few periods, by our ow
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -31,6 +31,9 @@ KEPT_S = 60
 REPORT_FRESH_S = 5.0
 """Age past which an engine's own report says nothing any more: turns last seconds, heartbeats are far apart."""
 
+SWEEP_SHARES = 50
+"""Each time so often all reports are looked at, whether their engines are still there; else only new ones."""
+
 AWAY_PAUSE_S = 1.0
 """Pause after Valkey did not answer."""
 
@@ -46,17 +49,19 @@ class LoadShare:
         self._sequence = 0
         self._is_idle = False  # our entry says that nothing is in flight
         self._seen: dict[str, tuple[Any, float]] = {}
-        self._untold: dict[str, bytes] = {}  # reports that came to us since we shared
-        self._told: dict[str, bytes] = {}  # the last report of each engine
+        self._shares = 0
+        self._untold: dict[bytes, bytes] = {}  # reports that came to us since we shared
+        self._told: dict[bytes, bytes] = {}  # every report that is shared, as it was then
         self._fresh: dict[str, float] = {}  # when those came that count
         self._laden: set[str] = set()  # engines that others have turns on
         self._is_up = True
 
     def report(self, loads: Mapping[str, Mapping[str, Any]]) -> None:
         """What engines said of themselves, by engine key: this worker knows it at once, the others a moment later."""
-        told = {key: orjson.dumps(load) for key, load in loads.items()}
-        self._take_reported(told)
-        self._untold |= told
+        told = {key.encode(): orjson.dumps(load) for key, load in loads.items()}
+        news = {key: load for key, load in told.items() if self._untold.get(key, self._told.get(key)) != load}
+        self._take_reported(news)
+        self._untold |= news
 
     async def run(self) -> None:
         """Share until cancelled."""
@@ -101,19 +106,21 @@ class LoadShare:
             *_, workers, reported = await batch.execute()
         self._is_idle = not mine
         self._spread(self._others({name.decode(): value for name, value in workers.items()}))
-        known = {key.decode(): value for key, value in reported.items()}
-        self._take_reported(known)
-        self._told = {key: told for key, told in self._told.items() if key in known or key in self._fresh}
+        self._told |= untold
+        news = {key: load for key, load in reported.items() if self._told.get(key) != load}
+        self._told = reported
+        self._take_reported(news)
         self._fade()
-        await self._sweep(known)
+        self._shares += 1
+        await self._sweep(reported if self._shares % SWEEP_SHARES == 0 else news)
 
-    async def _sweep(self, reported: Mapping[str, bytes]) -> None:
+    async def _sweep(self, reported: Iterable[bytes]) -> None:
         """Take out what nobody will: entries of workers that are gone, reports of engines that left."""
         now_s = asyncio.get_running_loop().time()
         gone = [worker for worker, (_, since_s) in self._seen.items() if now_s - since_s > KEPT_S]
         if gone:
             await self._valkey.hdel(IN_FLIGHT, *gone)
-        left = [key for key in reported if self._registry.engine(key) is None]
+        left = [key for key in reported if self._registry.engine(key.decode()) is None]
         if left:
             await self._valkey.hdel(REPORTED, *left)
 
@@ -143,14 +150,15 @@ class LoadShare:
                 engine.load.others_turns, engine.load.others_tokens = totals.get(key, (0, 0))
         self._laden = set(totals)
 
-    def _take_reported(self, reported: Mapping[str, bytes]) -> None:
+    def _take_reported(self, news: Mapping[bytes, bytes]) -> None:
         """A report counts while it is fresh, by our clock: from when this worker first saw it."""
         now_s = asyncio.get_running_loop().time()
-        for key, told in reported.items():
+        for name, told in news.items():
+            key = name.decode()
             engine = self._registry.engine(key)
-            if engine is None or self._told.get(key) == told:
+            if engine is None:
                 continue
-            self._told[key], self._fresh[key] = told, now_s
+            self._fresh[key] = now_s
             load = _decoded(told)
             engine.load.running = int(_number(load, "running"))
             engine.load.waiting = int(_number(load, "waiting"))

@@ -172,7 +172,7 @@ async def test_a_report_of_an_engine_that_nobody_knows_is_dropped(pair, valkey):
     one.share.report({"n9/e9": {"running": 4}})
     await eventually(lambda: not one.share._untold)
     await eventually(lambda: _is_empty(valkey))
-    assert one.share._told == {}
+    assert not one.share._fresh
 
 
 async def _is_empty(valkey: Redis) -> bool:
@@ -233,6 +233,24 @@ async def test_an_idle_worker_writes_once_and_is_heard_again_when_it_has_turns(p
     await eventually(lambda: one.has(5, 500))
     two.puts(0, 0)
     await eventually(lambda: one.has(0, 0))
+
+
+async def test_a_report_of_an_engine_that_left_is_taken_out(pair, valkey, monkeypatch):
+    monkeypatch.setattr(load, "SWEEP_SHARES", 2)
+    one, two = pair
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+    for worker in pair:
+        worker.registry.apply([], 0)
+    await eventually(lambda: _is_empty(valkey))
+
+
+async def test_a_report_that_comes_back_to_what_it_was_is_news(pair):
+    one, two = pair
+    for running in (4, 5, 4):
+        one.share.report({KEY: {"running": running}})
+        assert one.engine().load.running == running
+    await eventually(lambda: two.engine().load.running == 4)
 
 
 async def test_reports_are_kept_for_a_while_by_whoever_writes_them(pair, valkey):

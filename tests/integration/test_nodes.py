@@ -300,6 +300,24 @@ async def test_an_engine_that_is_not_ready_gets_no_turns_and_a_ready_one_again(g
     assert await chat_status(gw) == 200
 
 
+async def test_what_changed_is_read_and_nothing_else(gw, node):
+    other = await provider(gw, "other")
+    await node.says("http://127.0.0.1:9001", cached_models=["m", "n"])
+    await other.says("http://127.0.0.1:9002", cached_models=["m"])
+    store = NodeStore(gw.pool)
+    rows = await store.changed([node.node_id], [])
+    assert [(row.node_id, row.url) for row in rows.engines] == [(node.node_id, "http://127.0.0.1:9001")]
+    assert (rows.nodes_online, [row.model for row in rows.cached]) == (2, ["m", "n"])
+    rows = await store.changed([], [str(other.account_id)])
+    assert ([row.node_id for row in rows.engines], rows.nodes) == ([other.node_id], {other.node_id})
+    await eventually(lambda: node.is_routed() and other.is_routed())
+    await gw.pool.execute("update accounts set status = 'suspended' where id = $1", other.account_id)
+    await eventually(lambda: not other.is_routed())
+    assert node.is_routed()
+    await gw.pool.execute("update accounts set status = 'active' where id = $1", other.account_id)
+    await eventually(other.is_routed)
+
+
 async def test_an_engine_that_is_not_reported_any_more_leaves(gw, node, engine):
     await node.says(engine.url, engine.url)
     await eventually(lambda: len(gw.gateway.registry.snapshot.engines) == 2)
