@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 import uuid
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench.processes import LoadProcess, Served, served
 from bench.question import Asked, Question, run
 from bench.rounds import tell
 from bench.samples import Sample
+from nodes.protocol import AGENT_VERSION
 
 COUNT = 5000
 INTERVAL_S = 30.0
@@ -27,7 +29,7 @@ MEMORY = "memory of the gateway for each node"
 LATENCY, ADDED = "a turn's {}, nobody reports", "added to a turn's {} by heartbeats"
 TURN_CPU = "CPU a turn, nobody reports"
 METHOD = f"""\
-{COUNT:,} simulated agents, each a node with an engine of its own and a heartbeat of 1 KB over HTTP every
+{COUNT:,} simulated agents, each a node with an engine of its own and a heartbeat of 2 KB over HTTP every
 {INTERVAL_S:g} s ({COUNT / INTERVAL_S:.0f}/s, evenly, {SECONDS:g} s a round), report to `poolgate serve` with one worker.
 All their engines serve one model (ten addresses of one stand-in). *CPU* is that of heartbeats alone. *Memory* is
 what the worker's private memory grew by when they all joined. Then turns (200 B, 16 tokens, {RATE:g}/s) are routed among
@@ -47,26 +49,23 @@ async def _measure(ground: Ground, asked: Asked) -> list[Sample]:
         arm = Arm(OURS, gateway.url, gateway.key, CpuClock(gateway.process.pid), Shipping(gateway))
         await _turns(ground, arm)  # it has everything that it allocates at its first turns
         before = private_bytes([worker])
-        beats = [_beat(ground, number) for number in range(COUNT)]
         tell(f"{COUNT:,} nodes join")
         async with LoadProcess() as agents:
-            await _report(agents, gateway, beats, rate=0.0)
+            await _report(ground, agents, gateway, rate=0.0)
             await gateway.until_engines(COUNT + 1)
             await asyncio.sleep(2.0)  # the last change is read
             grown = (private_bytes([worker]) - before) / COUNT / 1024
             samples = [Sample(MEMORY, CASE, OURS, "KB", 1, grown)]
             tell(f"memory: {grown:.1f} KB a node")
             for number in range(1, asked.rounds + 1):
-                samples += await _round(ground, arm, gateway, agents, beats, number)
+                samples += await _round(ground, arm, gateway, agents, number)
     return samples
 
 
-async def _round(
-    ground: Ground, arm: Arm, gateway: Served, agents: LoadProcess, beats: list[dict[str, Any]], number: int
-) -> list[Sample]:
+async def _round(ground: Ground, arm: Arm, gateway: Served, agents: LoadProcess, number: int) -> list[Sample]:
     clocks = (arm.clock, CpuClock(ground.stores.pids["postgres"]))
     began = [clock.read_s() for clock in clocks]
-    seen = await _report(agents, gateway, beats, rate=COUNT / INTERVAL_S)
+    seen = await _report(ground, agents, gateway, rate=COUNT / INTERVAL_S)
     gateway_s, postgres_s = (clock.read_s() - then for clock, then in zip(clocks, began, strict=True))
     rows = [
         (GATEWAY, "%", gateway_s / seen.seconds * 100), (POSTGRES, "%", postgres_s / seen.seconds * 100),
@@ -75,7 +74,7 @@ async def _round(
     alone = await _turns(ground, arm)
     turn_us = (arm.clock.read_s() - before_s) / (RATE * SECONDS) * 1e6
     _, beside = await asyncio.gather(
-        _report(agents, gateway, beats, rate=COUNT / INTERVAL_S), _turns(ground, arm)
+        _report(ground, agents, gateway, rate=COUNT / INTERVAL_S), _turns(ground, arm)
     )
     rows += [
         (TURN_CPU, "µs", turn_us), (LATENCY.format("p50"), "ms", alone.p50_ms),
@@ -86,17 +85,16 @@ async def _round(
     return [Sample(name, CASE, OURS, unit, number, value) for name, unit, value in rows]
 
 
-async def _report(
-    agents: LoadProcess, gateway: Served, beats: list[dict[str, Any]], *, rate: float
-) -> Outcome:
-    """Every node reports, in turn: as fast as the gateway takes it, or at a rate for a while."""
-    requests = int(rate * SECONDS) or len(beats)
-    bodies = [beat | {"api_key": gateway.provider_key} for beat in beats]
+async def _report(ground: Ground, agents: LoadProcess, gateway: Served, *, rate: float) -> Outcome:
+    """Every node reports, in turn: as fast as the gateway takes it, or at a rate for a while. Their engines have worked."""
+    requests = int(rate * SECONDS) or COUNT
+    tokens = time.monotonic_ns() // 10**6
+    bodies = [_beat(ground, number, tokens) | {"api_key": gateway.provider_key} for number in range(COUNT)]
     job = Job(
         gateway.url,
         path="/api/providers/heartbeat",
         bodies=bodies,
-        connections=8,
+        connections=64,
         requests=requests,
         rate=rate,
     )
@@ -117,23 +115,29 @@ async def _turns(ground: Ground, arm: Arm) -> Outcome:
     return (await ground.spend(arm, job)).outcome
 
 
-def _beat(ground: Ground, number: int) -> dict[str, Any]:
-    """What the agent of a host with one GPU and one engine says of it."""
+def _beat(ground: Ground, number: int, tokens: int) -> dict[str, Any]:
+    """What the agent of a host with one GPU and one engine says of it, which has worked on so many tokens."""
     model = {"id": MODEL, "context_length": 131_072, "kind": "generate", "parent": None}
     engine = {
         "engine_id": "e0", "url": ground.engines[number % NODES], "state": "ready", "reason": "", "restarts": 0,
-        "models": [model], "block_size": 16, "kv_tokens": 500_000,
+        "models": [model], "block_size": 16, "kv_tokens": 500_000, "prompt_tokens": tokens, "completion_tokens": tokens,
     }  # fmt: skip
     gpu = {
-        "name": "NVIDIA L40S", "memory_total_mib": 46_068, "memory_used_mib": 41_000, "utilization_pct": 40,
-        "temperature_c": 61, "power_w": 280, "driver_version": "570.86.10", "cuda_version": "12.8",
+        "name": "NVIDIA L40S", "vram_mib": 46_068, "free_vram_mib": 5_068, "util_pct": 40, "temp_c": 61, "power_w": 280,
+        "compute_capability": "8.9",
+    }  # fmt: skip
+    status = {
+        "gpu_name": gpu["name"], "gpu_vram_mib": 46_068, "driver_version": "570.86.10", "gpu_util_pct": 40, "temp_c": 61,
+        "power_w": 280, "free_vram_mib": 5_068, "daemon_version": AGENT_VERSION, "python_version": "3.12.3",
+        "os_info": "Linux-6.8.0-x86_64-with-glibc2.39", "compute_capability": "8.9", "cuda_version": "12.8", "gpu_count": 1,
+        "all_gpus": [gpu],
     }  # fmt: skip
     return {
-        "gpu_status": {"gpus": [gpu], "driver_version": "570.86.10"}, "uptime": 100_000.0, "provider_ip": "10.0.0.1",
+        "gpu_status": status, "uptime": 100_000.0, "provider_ip": "10.0.0.1",
         "provider_hostname": f"gpu-{number:04}", "cached_models": [MODEL],
         "resource_spec": {"cpu_count": 32, "memory_gib": 256, "disk_gib": 4000, "os": "Debian 12"},
-        "node_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"node {number}")), "epoch": 1, "agent_version": "0.1.0",
-        "engines": [engine],
+        "node_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"node {number}")), "epoch": 1, "agent_version": AGENT_VERSION,
+        "engines": [engine], "load": {"e0": {"running": 3, "waiting": 0, "kv_usage": 0.41, "sleeping": False}},
     }  # fmt: skip
 
 

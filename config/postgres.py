@@ -6,15 +6,19 @@ What the tables mean is left to whoever wrote `sql/NNNN_name.sql`; where Postgre
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import asyncpg
 
 AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 """What a statement raises when PostgreSQL is gone, going or frozen. asyncpg calls a connection that dies amid one an
 internal error of its own."""
+
+Row: TypeAlias = asyncpg.Record | Mapping[str, Any]
+"""Columns by name: of a query, or made by hand."""
 
 _ROOT = Path(__file__).parents[1]
 SQL_FOLDERS = (_ROOT / "config" / "sql", _ROOT / "billing" / "sql")

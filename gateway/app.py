@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from billing.prices import PriceBook
-from config.changes import ChangeFeed
+from config.changes import EVERYTHING, ChangeFeed
 from config.clock import SystemClock
 from config.defaults import Settings
 from config.metrics import Metrics
@@ -173,7 +173,9 @@ class Gateway:
         await self.money.register()
         # Before it listens: clients may be queued on the socket of a worker that died.
         await self.registry.reload(self._nodes)
-        self.registry.nodes_changed()  # once more when the change feed runs: nothing in between is missed
+        self.registry.node_changed(
+            EVERYTHING
+        )  # once more, when the change feed runs: nothing in between is missed
         await asyncio.to_thread(count_tokens, "")  # the table takes a second to load
         self._begin(*self._parts())
         await self._listen(app, sock)
@@ -205,7 +207,9 @@ class Gateway:
         keyring = KeyRing(keys, pepper, settings, clock)
         networks = AllowedNetworks(settings.node_networks, own_ports=(own_port,))
         self.registry = Registry(settings, networks, clock)
-        nodes = self._nodes = NodeStore(self._pool)
+        nodes = self._nodes = NodeStore(
+            self._pool, credit_s=settings.heartbeat_grace_s, nodes_max=settings.provider_nodes_max
+        )
         reaching = ReachStore(self._pool)
         self.tunnels = Tunnels(settings, reaching)
         self._hops = HopServer(hop_secret(pepper), self.tunnels)
@@ -216,8 +220,8 @@ class Gateway:
         feed = self._feed = ChangeFeed(self._watch_pool, self._valkey, settings)
         feed.on("key", keyring.forget_key)
         feed.on("account", keyring.forget_account)
-        feed.on("node", self.registry.nodes_changed)
-        feed.on("account", self.registry.nodes_changed)  # a provider was suspended, or its approval changed
+        feed.on("node", self.registry.node_changed)
+        feed.on("account", self.registry.account_changed)
         self._commands = CommandStore(self._pool)
         self._control = ControlHub(self._commands, self._load)
         feed.on("node_command", self._control.node_news)
@@ -261,7 +265,6 @@ class Gateway:
         self.logins = None if mailer is None else Logins(self._pool, pepper, mailer, settings)
         app = self._application(keyring, nodes, networks, prices)
         self._add_providers(app, keys)
-        app[services.REACHING] = reaching
         app[services.TUNNELS] = self.tunnels
         app[services.LISTENER_CHECKS] = self._checks
         return app
@@ -274,7 +277,6 @@ class Gateway:
             self.registry.run(self._nodes),
             self.registry.run_probes(self._probe),
             self._load.run(),
-            self._control.run(),
             self.tunnels.run(),
             self.placement.queue.run(),
             self._queue_share.run(),

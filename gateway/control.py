@@ -31,9 +31,6 @@ from nodes.protocol import BadMessage, Fields
 
 log = logging.getLogger("poolgate.nodes")
 
-LOAD_FLUSH_S = 0.25
-"""Loads that came since are written to Valkey together: thousands of nodes cost four commands a second."""
-
 LEASE_S = 5.0
 """An agent that is heard is told so this often, a fraction of any lease."""
 
@@ -90,7 +87,6 @@ class ControlHub:
         self._commands = commands
         self._load = load
         self._sessions: dict[str, Session] = {}
-        self._loads: dict[str, dict[str, Any]] = {}
         self._is_closing = False
 
     def __len__(self) -> int:
@@ -111,14 +107,6 @@ class ControlHub:
         """For the change feed: a key, which is known by its digest, so all are looked at; the keyring has them in memory."""
         for session in self._sessions.values():
             session.news.set()
-
-    async def run(self) -> None:
-        """Write what agents told of their load, until cancelled."""
-        while True:
-            await asyncio.sleep(LOAD_FLUSH_S)
-            loads, self._loads = self._loads, {}
-            if loads:
-                await self._load.report(loads)
 
     async def serve(self, session: Session) -> None:
         """Until the agent leaves, another one takes its place, or it may not stay."""
@@ -206,8 +194,12 @@ class ControlHub:
     async def _take(self, session: Session, message: object) -> None:
         kind = Fields(message, "").text("type")
         if kind == "load":
-            for engine_id, load in read_loads(message).items():
-                self._loads[f"{session.node_id}/{engine_id}"] = load.to_json()
+            self._load.report(
+                {
+                    f"{session.node_id}/{engine}": load.to_json()
+                    for engine, load in read_loads(message).items()
+                }
+            )
             await self._renew(session)
         elif kind == "progress":
             report = Progress.from_json(message)

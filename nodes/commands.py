@@ -87,12 +87,7 @@ class CommandStore:
 
     async def progress(self, node_id: str, reports: Iterable[Progress]) -> None:
         """Write down how far commands have come; one that has ended stays as it ended."""
-        node = uuid.UUID(node_id)
-        values = [
-            (each.id, node, each.status, each.percent, each.detail.replace("\x00", "")) for each in reports
-        ]
-        if values:
-            await self._pool.executemany(PROGRESS, values)
+        await self._pool.executemany(PROGRESS, progress_values(node_id, reports))
 
     async def recent(self, node_id: str) -> list[dict[str, Any]]:
         """A node's commands, the newest first."""
@@ -105,19 +100,27 @@ class CommandStore:
         await self._pool.execute(TRIM, kept_s)
 
 
-# One round trip: each heartbeat asks it.
-BRIEFING = """
+def progress_values(node_id: str, reports: Iterable[Progress]) -> list[tuple[Any, ...]]:
+    """For PROGRESS."""
+    node = uuid.UUID(node_id)
+    return [(each.id, node, each.status, each.percent, each.detail.replace("\x00", "")) for each in reports]
+
+
+# The commands of the node `n` that are not done yet.
+OPEN = """(
+    select coalesce(jsonb_agg(
+        jsonb_build_object('id', c.id, 'name', c.name, 'arguments', c.arguments) order by c.id), '[]')
+    from node_commands c
+    where c.node_id = n.id and c.status not in ('done', 'failed')
+      and (c.status <> 'queued' or c.expires_at > clock_timestamp())
+)"""
+
+BRIEFING = f"""
 select n.account_id, n.state, n.instance, n.wanted,
     a.status = 'active' and a.is_provider and a.approval_status = 'approved' as is_approved,
-    (
-        select coalesce(jsonb_agg(
-            jsonb_build_object('id', c.id, 'name', c.name, 'arguments', c.arguments) order by c.id), '[]')
-        from node_commands c
-        where c.node_id = n.id and c.status not in ('done', 'failed')
-          and (c.status <> 'queued' or c.expires_at > clock_timestamp())
-    ) as commands
+    {OPEN} as commands
 from nodes n join accounts a on a.id = n.account_id where n.id = $1
-"""
+"""  # noqa: S608 - a constant of this module
 
 WANT = """
 update nodes set wanted = $2, state = case

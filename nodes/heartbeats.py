@@ -1,10 +1,10 @@
-"""What agents report, as rows: a heartbeat comes in, nodes and engines are written, silent nodes go offline.
+"""Nodes and engines as rows: what agents report is gathered for `beats` to write, silent nodes go offline.
 
 PostgreSQL's clock decides who is late. The picture that turns are routed by is made from these rows in `nodes.registry`.
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -12,24 +12,15 @@ from typing import Any, NamedTuple
 import asyncpg
 import orjson
 
+from config.gathering import Gathering
+from nodes.beats import record
+from nodes.control_messages import Progress
 from nodes.protocol import EngineReport, Heartbeat
-from nodes.samples import keep_sample
+from nodes.reports import NodeLease, NodeOfAnother, Report, TooManyNodes
 
-
-class NodeOfAnother(Exception):
-    """The node id belongs to another provider."""
-
-
-class NodeFenced(Exception):
-    """Another agent has taken this node since: the one that asks has lost it for ever."""
-
-
-class TooManyNodes(Exception):
-    """The provider has as many nodes as one may have."""
-
-
-class AddressOfAnother(Exception):
-    """An engine of another provider has that address."""
+GAP_S, GATHERED_MAX = 0.05, 256
+"""Heartbeats that come closer together than this are written together, so that thousands of nodes cost 20 transactions a
+second; none of them is awaited by anybody in a hurry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,68 +62,65 @@ class CachedRow(NamedTuple):
     node_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class NodeLease:
-    """What a node may count on after a heartbeat."""
+class PoolRows(NamedTuple):
+    """Every engine that may serve, the number of nodes online, and the models that these have on disk. Of engines and models
+    only those of `nodes`, if not None: of them these are all."""
 
-    epoch: int
-    state: str
+    engines: list[EngineRow]
+    nodes_online: int
+    cached: list[CachedRow]
+    nodes: frozenset[str] | None = None
 
 
 class NodeStore:
     """The only place with SQL about nodes and engines."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, *, credit_s: float = 90.0, nodes_max: int = 10_000) -> None:
+        """Of a time that no heartbeat told of, at most `credit_s` count as up; `nodes_max` is a provider's."""
         self._pool = pool
+        self._credit_s = credit_s
+        self._nodes_max = nodes_max
+        self._reports = Gathering(self._record, gap_s=GAP_S, most=GATHERED_MAX)
 
     async def record(
-        self, account_id: int, beat: Heartbeat, engines: Sequence[EngineReport], *, credit_s: float = 90.0,
-        nodes_max: int = 10_000,
-    ) -> NodeLease:  # fmt: skip
-        """Write one heartbeat; its node is made at the first one. Raises NodeOfAnother, NodeFenced, AddressOfAnother and
-        TooManyNodes.
+        self,
+        account_id: int,
+        beat: Heartbeat,
+        engines: Sequence[EngineReport],
+        progress: Iterable[Progress] = (),
+    ) -> NodeLease:
+        """Write one heartbeat, together with others of this moment; its node is made at the first one.
 
-        An agent that begins (epoch 0) takes the node under a higher epoch; the one that had it is fenced from then on.
-        The time since the heartbeat before counts as up, at most `credit_s` of it.
+        Raises UnknownProvider, NotApproved, NodeOfAnother, NodeFenced, AddressOfAnother, TooManyNodes; none of the others
+        feels that.
         """
-        async with self._pool.acquire() as connection, connection.transaction():
-            lease = await connection.fetchrow(
-                BEAT, uuid.UUID(beat.node_id), account_id, beat.provider_hostname or "", list(beat.cached_models),
-                orjson.dumps(beat.gpu_status).decode(), beat.agent_version, beat.instance, beat.epoch,
-            )  # fmt: skip
-            if lease is None:
-                owner = await connection.fetchval(
-                    "select account_id from nodes where id = $1", uuid.UUID(beat.node_id)
-                )
-                raise NodeFenced if owner == account_id else NodeOfAnother
-            if (lease["reach"], beat.reach.mode) != ("direct", "direct"):
-                reach = beat.reach
-                await connection.execute(
-                    REACH, uuid.UUID(beat.node_id), reach.mode, reach.advertise, reach.fingerprint
-                )
-            urls = [engine.url for engine in engines]
-            if beat.reach.mode == "direct" and await connection.fetchval(TAKEN, account_id, urls):
-                raise AddressOfAnother
-            await connection.executemany(ENGINE, [_engine_values(beat.node_id, engine) for engine in engines])
-            await connection.execute(
-                "delete from engines where node_id = $1 and engine_id <> all($2::text[])",
-                uuid.UUID(beat.node_id), [engine.engine_id for engine in engines],
-            )  # fmt: skip
-            is_new = await keep_sample(connection, beat, engines, credit_s)
-            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
-                raise TooManyNodes
-        return NodeLease(lease["epoch"], lease["state"])
+        return await self._reports.add(Report.of(account_id, beat, engines, progress))
 
-    async def pool(self) -> tuple[list[EngineRow], int, list[CachedRow]]:
-        """Every engine that may serve, the number of nodes online, and the models that these have on disk."""
+    async def _record(self, reports: list[Report]) -> list[NodeLease | Exception]:
+        found = await record(self._pool, reports, credit_s=self._credit_s, nodes_max=self._nodes_max)
+        return [found[report] for report in reports]
+
+    async def pool(self) -> PoolRows:
+        """As it is now."""
+        return await self._pool_of(None)
+
+    async def changed(self, nodes: Iterable[str], accounts: Iterable[str]) -> PoolRows:
+        """As it is now, of these nodes and of those that these accounts own."""
+        owned = await self._pool.fetch(OWNED, [int(account_id) for account_id in accounts])
+        return await self._pool_of(frozenset(nodes) | {str(row["id"]) for row in owned})
+
+    async def _pool_of(self, nodes: frozenset[str] | None) -> PoolRows:
+        only = None if nodes is None else [uuid.UUID(node_id) for node_id in nodes]
         async with (
             self._pool.acquire() as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
-            rows = await connection.fetch(READY)
+            rows = await connection.fetch(READY, only)
             online = await connection.fetchval("select count(*) from nodes where state = 'online'")
-            cached = await connection.fetch(CACHED)
-        return [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached]
+            cached = await connection.fetch(CACHED, only)
+        return PoolRows(
+            [_engine_row(row) for row in rows], online, [CachedRow(row[0], row[1]) for row in cached], nodes
+        )
 
     async def overview(self, limit: int) -> list[dict[str, Any]]:
         """Nodes for people, those that were heard of last first: state, hardware, models on disk, what routing goes by."""
@@ -145,7 +133,7 @@ class NodeStore:
         return bool(await self._pool.fetchval(SET_FACTS, uuid.UUID(node_id), *values))
 
     async def connect(
-        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str, nodes_max: int
+        self, account_id: int, node_id: str, readiness: Mapping[str, Any], hostname: str
     ) -> None:
         """An agent has told whether its host is ready; its node is made if it is new.
 
@@ -157,7 +145,7 @@ class NodeStore:
             )
             if is_new is None:
                 raise NodeOfAnother
-            if is_new and await connection.fetchval(COUNT, account_id) > nodes_max:
+            if is_new and await connection.fetchval(COUNT, account_id) > self._nodes_max:
                 raise TooManyNodes
 
     async def suspend(self, node_id: str) -> str | None:
@@ -179,52 +167,6 @@ class NodeStore:
         return [str(row["id"]) for row in rows]
 
 
-# A node that was away gets its lease anew, under a higher epoch; a node that an admin paused stays paused.
-BEAT = """
-insert into nodes (
-    id, account_id, hostname, state, last_heartbeat_at, cached_models, gpu_status, agent_version, instance
-)
-values ($1, $2, $3, case when (select is_paused from providers where account_id = $2) then 'paused' else 'online' end,
-    clock_timestamp(), $4, $5::jsonb, $6, $7)
-on conflict (id) do update set
-    hostname = excluded.hostname,
-    state = case
-        when nodes.state not in ('registered', 'connected', 'offline') then nodes.state
-        when nodes.wanted = 'pause' then 'paused' when nodes.wanted = 'drain' then 'draining' else excluded.state end,
-    epoch = nodes.epoch + (nodes.state = 'offline' or excluded.instance not in ('', nodes.instance))::int,
-    instance = coalesce(nullif(excluded.instance, ''), nodes.instance),
-    last_heartbeat_at = excluded.last_heartbeat_at,
-    cached_models = excluded.cached_models,
-    gpu_status = excluded.gpu_status,
-    agent_version = excluded.agent_version
-where nodes.account_id = excluded.account_id
-  and (excluded.instance in ('', nodes.instance) or nodes.instance = '' or $8 = 0)
-returning epoch, state, reach
-"""
-
-# What was checked of a listener is forgotten when its agent says another thing of it.
-REACH = """
-update nodes set reach = $2, advertised = $3, fingerprint = $4,
-    listener_host = null, listener_port = null, listener_fingerprint = null, listener_checked_at = null,
-    listener_problem = ''
-where id = $1 and (reach, advertised, fingerprint) is distinct from ($2, $3, $4)
-"""
-
-TAKEN = """
-select true from engines e join nodes n on n.id = e.node_id
-where e.url = any($2::text[]) and n.account_id <> $1 and n.reach = 'direct' and n.state <> 'offline'
-limit 1
-"""
-
-ENGINE = """
-insert into engines (node_id, engine_id, url, state, reason, restarts, models, block_size, kv_tokens)
-values ($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9)
-on conflict (node_id, engine_id) do update set
-    url = excluded.url, state = excluded.state, reason = excluded.reason, restarts = excluded.restarts,
-    models = excluded.models, block_size = excluded.block_size, kv_tokens = excluded.kv_tokens,
-    updated_at = clock_timestamp()
-"""
-
 READY = """
 select n.id as node_id, n.account_id, e.engine_id, e.url, e.restarts, e.models, e.kv_tokens,
     n.region, n.tier, n.price_percent, n.reputation * coalesce(p.reliability_score, 100) / 100 as reputation,
@@ -233,13 +175,18 @@ from nodes n join engines e on e.node_id = n.id join accounts a on a.id = n.acco
 left join providers p on p.account_id = n.account_id
 left join tunnels t on t.node_id = n.id
 where n.state = 'online' and e.state = 'ready' and a.status = 'active' and a.approval_status = 'approved'
+    and ($1::uuid[] is null or n.id = any($1))
 order by n.id, e.engine_id
 """
 
 CACHED = """
 select model, n.id::text from nodes n join accounts a on a.id = n.account_id, unnest(n.cached_models) as model
-where n.state = 'online' and a.status = 'active' and a.approval_status = 'approved' order by model, n.id
+where n.state = 'online' and a.status = 'active' and a.approval_status = 'approved'
+    and ($1::uuid[] is null or n.id = any($1))
+order by model, n.id
 """
+
+OWNED = "select id from nodes where account_id = any($1::bigint[])"
 
 OVERVIEW = """
 select id::text as node_id, account_id, hostname, state, epoch, agent_version, cached_models, gpu_status,
@@ -278,22 +225,14 @@ where id = $1 returning state
 """
 
 EXPIRE = """
-update nodes set state = 'offline'
-where state in ('registered', 'connected', 'online', 'paused', 'draining')
-  and coalesce(last_heartbeat_at, created_at) < $1
-returning id
+with late as (
+    select id from nodes
+    where state in ('registered', 'connected', 'online', 'paused', 'draining')
+      and coalesce(last_heartbeat_at, created_at) < $1
+    order by id for no key update
+)
+update nodes set state = 'offline' from late where nodes.id = late.id returning nodes.id
 """
-
-
-def _engine_values(node_id: str, engine: EngineReport) -> tuple[Any, ...]:
-    models = [
-        {"id": model.id, "context_length": model.context_length, "kind": model.kind, "parent": model.parent}
-        for model in engine.models
-    ]
-    return (
-        uuid.UUID(node_id), engine.engine_id, engine.url, engine.state, engine.reason, engine.restarts,
-        orjson.dumps(models).decode(), engine.block_size, engine.kv_tokens,
-    )  # fmt: skip
 
 
 def _engine_row(row: asyncpg.Record) -> EngineRow:

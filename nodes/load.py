@@ -6,7 +6,7 @@ serve; a worker that stopped writing is forgotten after a few periods, by our ow
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -31,6 +31,9 @@ KEPT_S = 60
 REPORT_FRESH_S = 5.0
 """Age past which an engine's own report says nothing any more: turns last seconds, heartbeats are far apart."""
 
+SWEEP_SHARES = 50
+"""Each time so often all reports are looked at, whether their engines are still there; else only new ones."""
+
 AWAY_PAUSE_S = 1.0
 """Pause after Valkey did not answer."""
 
@@ -46,20 +49,19 @@ class LoadShare:
         self._sequence = 0
         self._is_idle = False  # our entry says that nothing is in flight
         self._seen: dict[str, tuple[Any, float]] = {}
-        self._reports: dict[str, tuple[dict[str, Any], float]] = {}
+        self._shares = 0
+        self._untold: dict[bytes, bytes] = {}  # reports that came to us since we shared
+        self._told: dict[bytes, bytes] = {}  # every report that is shared, as it was then
+        self._fresh: dict[str, float] = {}  # when those came that count
+        self._laden: set[str] = set()  # engines that others have turns on
         self._is_up = True
 
-    async def report(self, loads: dict[str, dict[str, Any]]) -> None:
-        """What engines said of themselves, by engine key; for every worker."""
-        self._take_reported(loads)
-        if loads:
-            try:
-                async with self._valkey.pipeline(transaction=False) as batch:
-                    batch.hset(REPORTED, mapping={key: orjson.dumps(load) for key, load in loads.items()})
-                    batch.expire(REPORTED, KEPT_S)
-                    await batch.execute()
-            except (RedisError, OSError, TimeoutError):
-                log.debug("load is not shared", extra={"action": "load_not_shared"})
+    def report(self, loads: Mapping[str, Mapping[str, Any]]) -> None:
+        """What engines said of themselves, by engine key: this worker knows it at once, the others a moment later."""
+        told = {key.encode(): orjson.dumps(load) for key, load in loads.items()}
+        news = {key: load for key, load in told.items() if self._untold.get(key, self._told.get(key)) != load}
+        self._take_reported(news)
+        self._untold |= news
 
     async def run(self) -> None:
         """Share until cancelled."""
@@ -75,6 +77,7 @@ class LoadShare:
                     log.warning("load is not shared: %s", error, extra={"action": "load_not_shared"})
                 self._is_up = False
                 self._spread({})
+                self._fade()
                 pause_s = max(pause_s, AWAY_PAUSE_S)
             end_if_cancelled()
             await asyncio.sleep(pause_s)
@@ -86,6 +89,7 @@ class LoadShare:
             if engine.load.turns
         }
         is_idle, self._is_idle = self._is_idle, False  # until that is known to be there
+        untold, self._untold = self._untold, {}
         async with self._valkey.pipeline(transaction=False) as batch:
             if (
                 mine or not is_idle
@@ -94,22 +98,29 @@ class LoadShare:
                 entry = orjson.dumps({"sequence": self._sequence, "load": mine}).decode()
                 batch.hset(IN_FLIGHT, self._worker, entry)
                 batch.expire(IN_FLIGHT, KEPT_S)
+            if untold:
+                batch.hset(REPORTED, items=[part for pair in untold.items() for part in pair])
+                batch.expire(REPORTED, KEPT_S)
             batch.hgetall(IN_FLIGHT)
             batch.hgetall(REPORTED)
             *_, workers, reported = await batch.execute()
         self._is_idle = not mine
         self._spread(self._others({name.decode(): value for name, value in workers.items()}))
-        known = {key.decode(): value for key, value in reported.items()}
-        self._take_reported({key: _decoded(value) for key, value in known.items()})
-        await self._sweep(known)
+        self._told |= untold
+        news = {key: load for key, load in reported.items() if self._told.get(key) != load}
+        self._told = reported
+        self._take_reported(news)
+        self._fade()
+        self._shares += 1
+        await self._sweep(reported if self._shares % SWEEP_SHARES == 0 else news)
 
-    async def _sweep(self, reported: dict[str, bytes]) -> None:
+    async def _sweep(self, reported: Iterable[bytes]) -> None:
         """Take out what nobody will: entries of workers that are gone, reports of engines that left."""
         now_s = asyncio.get_running_loop().time()
         gone = [worker for worker, (_, since_s) in self._seen.items() if now_s - since_s > KEPT_S]
         if gone:
             await self._valkey.hdel(IN_FLIGHT, *gone)
-        left = [key for key in reported if self._registry.engine(key) is None]
+        left = [key for key in reported if self._registry.engine(key.decode()) is None]
         if left:
             await self._valkey.hdel(REPORTED, *left)
 
@@ -133,28 +144,36 @@ class LoadShare:
         return totals
 
     def _spread(self, totals: dict[str, tuple[int, int]]) -> None:
-        for engine in self._registry.snapshot.engines:
-            engine.load.others_turns, engine.load.others_tokens = totals.get(engine.key, (0, 0))
-
-    def _take_reported(self, loads: dict[str, dict[str, Any]]) -> None:
-        """Reports count while they are fresh, by our clock: from when this worker first saw them."""
-        now_s = asyncio.get_running_loop().time()
-        for key, load in loads.items():
-            known = self._reports.get(key)
-            if known is None or known[0] != load:
-                self._reports[key] = (load, now_s)
-        self._reports = {
-            key: row for key, row in self._reports.items() if self._registry.engine(key) is not None
-        }
-        for key, (load, since_s) in self._reports.items():
+        for key in self._laden | totals.keys():
             engine = self._registry.engine(key)
-            assert engine is not None
-            is_fresh = now_s - since_s <= REPORT_FRESH_S
-            engine.load.running = int(_number(load, "running")) if is_fresh else 0
-            engine.load.waiting = int(_number(load, "waiting")) if is_fresh else 0
-            engine.load.kv_usage = _number(load, "kv_usage") if is_fresh else 0.0
-            if is_fresh and since_s == now_s and engine.load.waiting > self._settings.engine_waiting_max:
+            if engine is not None:
+                engine.load.others_turns, engine.load.others_tokens = totals.get(key, (0, 0))
+        self._laden = set(totals)
+
+    def _take_reported(self, news: Mapping[bytes, bytes]) -> None:
+        """A report counts while it is fresh, by our clock: from when this worker first saw it."""
+        now_s = asyncio.get_running_loop().time()
+        for name, told in news.items():
+            key = name.decode()
+            engine = self._registry.engine(key)
+            if engine is None:
+                continue
+            self._fresh[key] = now_s
+            load = _decoded(told)
+            engine.load.running = int(_number(load, "running"))
+            engine.load.waiting = int(_number(load, "waiting"))
+            engine.load.kv_usage = _number(load, "kv_usage")
+            if engine.load.waiting > self._settings.engine_waiting_max:
                 self._registry.engine_full(engine)
+
+    def _fade(self) -> None:
+        """What was not renewed says nothing any more."""
+        oldest_s = asyncio.get_running_loop().time() - REPORT_FRESH_S
+        for key in [key for key, since_s in self._fresh.items() if since_s < oldest_s]:
+            del self._fresh[key]
+            engine = self._registry.engine(key)
+            if engine is not None:
+                engine.load.running, engine.load.waiting, engine.load.kv_usage = 0, 0, 0.0
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""

@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import orjson
 
+from config.postgres import Row
 from nodes.telemetry import Telemetry
 
 LISTED_MAX = 1000
@@ -155,6 +156,9 @@ from nodes n join lateral (
 where n.account_id = $1 and n.state <> 'offline'
 """
 
+# Before any of them is written: heartbeats lock nodes in this order, too.
+LOCK_NODES = "select from nodes where account_id = $1 order by id for update"
+
 PAUSE = """
 update nodes set state = 'paused' where account_id = $1 and state in ('registered', 'connected', 'online')
 """
@@ -181,7 +185,7 @@ class ProviderStore:
         )
         if row is None:
             raise UnknownProvider
-        return Standing(row["approval_status"], _preferences(row))
+        return Standing(row["approval_status"], preferences_of(row))
 
     async def show(self, account_id: int) -> Provider:
         """Raises UnknownProvider."""
@@ -208,12 +212,14 @@ class ProviderStore:
         """No new turns to its nodes, from the next change poll on; begun ones end. Raises UnknownProvider."""
         async with self._pool.acquire() as connection, connection.transaction():
             await _update(connection, account_id, {"is_paused": True})
+            await connection.execute(LOCK_NODES, account_id)
             await connection.execute(PAUSE, account_id)
 
     async def resume(self, account_id: int, grace_s: float) -> str:
         """`online`, or `connected` while no node is. Nodes silent for `grace_s` are offline. Raises UnknownProvider."""
         async with self._pool.acquire() as connection, connection.transaction():
             await _update(connection, account_id, {"is_paused": False})
+            await connection.execute(LOCK_NODES, account_id)
             await connection.execute(RESUME, account_id, grace_s)
             is_online = await connection.fetchval(
                 "select exists (select from nodes where account_id = $1 and state = 'online')", account_id
@@ -245,13 +251,14 @@ async def _update(connection: Any, account_id: int, changes: Mapping[str, Any]) 
         raise UnknownProvider
 
 
-def _preferences(row: asyncpg.Record) -> Preferences:
+def preferences_of(row: Row) -> Preferences:
+    """Of a row with their columns, and the account's time zone."""
     return Preferences(**{name: row[name] for name in (*PREFERENCES, "time_zone")})
 
 
 def _provider(row: asyncpg.Record) -> Provider:
     values = {name: value for name, value in row.items() if name not in PREFERENCES and name != "time_zone"}
-    values["preferences"] = _preferences(row)
+    values["preferences"] = preferences_of(row)
     values["cached_models"] = tuple(row["cached_models"])
     values["states"] = orjson.loads(row["states"])
     return Provider(**values)

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import asyncpg
 
+from config.postgres import Row
 from nodes.protocol import ReachAsked
 from nodes.reach import DIRECT, LISTENER, NONE, TUNNEL
 
@@ -21,26 +22,31 @@ class NodeReach:
     problem: str
 
 
+# Of the node `n`.
+WAYS = """
+    n.reach, n.advertised, n.fingerprint, n.listener_host, n.listener_checked_at, n.listener_problem,
+    exists (select from tunnels t where t.node_id = n.id) as has_tunnel
+"""
+
+
+def reach_of(row: Row) -> NodeReach:
+    """Of a row with WAYS."""
+    if row["reach"] == "direct":
+        way = DIRECT
+    elif row["listener_host"] is not None:
+        way = LISTENER
+    else:
+        way = TUNNEL if row["has_tunnel"] else NONE
+    return NodeReach(
+        way, row["advertised"], row["fingerprint"], row["listener_checked_at"], row["listener_problem"]
+    )
+
+
 class ReachStore:
-    """The only place with SQL about ways to nodes, but for what `nodes.heartbeats` writes with a heartbeat."""
+    """The only place with SQL about ways to nodes, but for what `nodes.beats` writes with a heartbeat."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-
-    async def node(self, node_id: str) -> NodeReach | None:
-        """The ways of a node; None if there is no such node."""
-        row = await self._pool.fetchrow(NODE, uuid.UUID(node_id))
-        if row is None:
-            return None
-        if row["reach"] == "direct":
-            way = DIRECT
-        elif row["listener_host"] is not None:
-            way = LISTENER
-        else:
-            way = TUNNEL if row["has_tunnel"] else NONE
-        return NodeReach(
-            way, row["advertised"], row["fingerprint"], row["listener_checked_at"], row["listener_problem"]
-        )
 
     async def listener_checked(
         self, node_id: str, asked: ReachAsked, address: tuple[str, int] | None, problem: str
@@ -60,12 +66,6 @@ class ReachStore:
         """The tunnel has ended; one that was opened after it stays."""
         await self._pool.execute("delete from tunnels where tunnel_id = $1", tunnel_id)
 
-
-NODE = """
-select n.reach, n.advertised, n.fingerprint, n.listener_host, n.listener_checked_at, n.listener_problem,
-       exists (select from tunnels t where t.node_id = n.id) as has_tunnel
-from nodes n where n.id = $1
-"""
 
 CHECKED = """
 update nodes set listener_host = $4, listener_port = $5, listener_fingerprint = $6, listener_problem = $7,

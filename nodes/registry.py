@@ -8,11 +8,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
+from config.changes import EVERYTHING
 from config.clock import Clock
 from config.defaults import Settings
 from config.postgres import AWAY
 from nodes.breaker import Breaker
-from nodes.heartbeats import CachedRow, EngineRow, NodeStore
+from nodes.heartbeats import CachedRow, EngineRow, NodeStore, PoolRows
 from nodes.networks import AllowedNetworks, EngineUrlRefused
 from nodes.reach import Direct, Listener, Reach, reach_behind_agent
 from nodes.routing.prefixes import TOKENS_UNTOLD, Prefixes
@@ -22,6 +23,9 @@ log = logging.getLogger("poolgate.nodes")
 
 RELOAD_RETRY_S = 1.0
 """Pause before nodes are read again after PostgreSQL did not answer."""
+
+RELOAD_SHARE, RELOAD_PAUSE_MAX_S = 0.1, 0.5
+"""Reading changes takes no more of the time than this: those that come faster are read together."""
 
 CAP_MAX = 2**16
 """A cap on an engine's turns above this is none."""
@@ -38,6 +42,9 @@ class Registry:
         self._clock = clock
         self._engines: dict[str, Engine] = {}
         self._wake = asyncio.Event()
+        self._changed_nodes: set[str] = {EVERYTHING}  # since they were read
+        self._changed_accounts: set[str] = set()
+        self._cached: dict[str, set[str]] = {}  # models on disk, by node
         self._probing: set[Engine] = set()
         self.snapshot = Snapshot()
         self.prefixes = Prefixes(settings.prefix_entries_max)
@@ -48,8 +55,14 @@ class Registry:
         self.on_back: Callable[[], None] | None = None
         """Told when an engine may be fit again that was not."""
 
-    def nodes_changed(self, _entity: str = "") -> None:
-        """Read the nodes again soon; for the change feed."""
+    def node_changed(self, entity: str) -> None:
+        """Read that node again soon, or EVERYTHING; for the change feed."""
+        self._changed_nodes.add(entity)
+        self._wake.set()
+
+    def account_changed(self, entity: str) -> None:
+        """Read that account's nodes again soon, or EVERYTHING: it may have been suspended or approved."""
+        self._changed_accounts.add(entity)
         self._wake.set()
 
     def engine(self, key: str) -> Engine | None:
@@ -58,8 +71,17 @@ class Registry:
 
     def apply(self, rows: Iterable[EngineRow], nodes_online: int, cached: Iterable[CachedRow] = ()) -> None:
         """Make the snapshot of these rows; `cached`: the models that nodes online have on disk."""
+        self._apply(PoolRows(list(rows), nodes_online, list(cached)))
+
+    def _apply(self, pool: PoolRows) -> None:
         engines: dict[str, Engine] = {}
-        for row in rows:
+        if pool.nodes is None:
+            self._cached = {}
+        else:
+            engines = {key: each for key, each in self._engines.items() if each.node_id not in pool.nodes}
+            for node_id in pool.nodes:
+                self._cached.pop(node_id, None)
+        for row in pool.engines:
             engine = self._engine(row)
             if engine is not None:
                 engines[row.key] = engine
@@ -67,11 +89,14 @@ class Registry:
             self.prefixes.forget(self._engines[key])
             log.info("engine %s left", key, extra={"action": "engine_left", "engine": key})
         self._engines = engines
+        for model, node_id in pool.cached:
+            self._cached.setdefault(node_id, set()).add(model)
         nodes_of: dict[str, list[str]] = {}
-        for row_ in cached:
-            nodes_of.setdefault(row_.model, []).append(row_.node_id)
+        for node_id, models in self._cached.items():
+            for model in models:
+                nodes_of.setdefault(model, []).append(node_id)
         self.snapshot = Snapshot.of(
-            engines.values(), nodes_online, before=self.snapshot,
+            engines.values(), pool.nodes_online, before=self.snapshot,
             cached={model: tuple(nodes) for model, nodes in nodes_of.items()},
         )  # fmt: skip
         for callback in self.on_change:
@@ -161,24 +186,34 @@ class Registry:
             engine.comes_back()
 
     async def run(self, store: NodeStore) -> None:
-        """Read the nodes whenever they changed, until cancelled."""
+        """Read what changed whenever something did, until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not await self.reload(store):
+            began_s = loop.time()
+            if await self.reload(store):
+                took_s = loop.time() - began_s
+                await asyncio.sleep(min(took_s / RELOAD_SHARE - took_s, RELOAD_PAUSE_MAX_S))
+            else:
                 await asyncio.sleep(RELOAD_RETRY_S)
                 self._wake.set()
 
     async def reload(self, store: NodeStore) -> bool:
-        """Read the nodes now; False, and the old picture, if PostgreSQL does not answer."""
+        """Read what changed now; False, and the old picture, if PostgreSQL does not answer."""
+        nodes, self._changed_nodes = self._changed_nodes, set()
+        accounts, self._changed_accounts = self._changed_accounts, set()
         try:
-            rows, online, cached = await store.pool()
+            pool = await (store.pool() if EVERYTHING in nodes | accounts else store.changed(nodes, accounts))
         except AWAY as error:
+            self._changed_nodes |= nodes
+            self._changed_accounts |= accounts
             log.warning(
                 "nodes can't be read: %s", error or type(error).__name__, extra={"action": "nodes_unreadable"}
             )
             return False
-        self.apply(rows, online, cached)
+        if pool.nodes is None or pool.nodes:  # most accounts own none
+            self._apply(pool)
         return True
 
     async def run_probes(self, probe: Probe) -> None:

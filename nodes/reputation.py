@@ -198,7 +198,7 @@ COMPARE = """
 with old as (
     select * from engine_usage
     where counter_completion is not null and checked_at < clock_timestamp() - make_interval(secs => $1)
-    for update
+    order by node_id, engine_id for update
 )
 update engine_usage u set
     checked_relayed_prompt = u.relayed_prompt, checked_relayed_completion = u.relayed_completion,

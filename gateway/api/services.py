@@ -27,7 +27,6 @@ from nodes.heartbeats import NodeStore
 from nodes.load import LoadShare
 from nodes.networks import AllowedNetworks
 from nodes.providers import ProviderStore
-from nodes.reaching import ReachStore
 from nodes.registry import Registry
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -46,7 +45,6 @@ REQUEST_LIMITS = web.AppKey("request_limits", RequestLimits)
 COMMANDS = web.AppKey("commands", CommandStore)
 CONTROL = web.AppKey("control", ControlHub)
 NETWORKS = web.AppKey("networks", AllowedNetworks)
-REACHING = web.AppKey("reaching", ReachStore)
 TUNNELS = web.AppKey("tunnels", Tunnels)
 LISTENER_CHECKS = web.AppKey("listener_checks", ListenerChecks)
 PLACEMENT = web.AppKey("placement", Placement)

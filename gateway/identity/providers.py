@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from config.changes import wake_feeds
 from config.defaults import Settings
 from gateway.identity.keys import KeyStore
-from nodes.providers import UnknownProvider
+from nodes.providers import LOCK_NODES, UnknownProvider
 
 SCOPE = "node"
 """What a provider's keys may do."""
@@ -114,6 +114,7 @@ class ProviderAccounts:
                 raise NodesRunning
             if row["has_withdrawal"]:
                 raise WithdrawalPending
+            await connection.execute(LOCK_NODES, account_id)
             # Nodes, events, codes and all else hang on this row.
             await connection.execute("delete from providers where account_id = $1", account_id)
             await connection.execute(

@@ -148,7 +148,7 @@ async def test_nonsense_in_valkey_counts_as_nothing(pair, valkey, value):
 
 async def test_a_report_to_one_worker_reaches_all(pair):
     one, two = pair
-    await one.share.report({KEY: {"running": 4, "waiting": 2, "kv_usage": 0.5}})
+    one.share.report({KEY: {"running": 4, "waiting": 2, "kv_usage": 0.5}})
     assert (one.engine().load.running, one.engine().load.waiting) == (4, 2), (
         "the one that got it knows at once"
     )
@@ -159,19 +159,20 @@ async def test_a_report_to_one_worker_reaches_all(pair):
 async def test_a_report_that_is_not_renewed_fades(pair, monkeypatch):
     monkeypatch.setattr(load, "REPORT_FRESH_S", 0.2)
     one, two = pair
-    await one.share.report({KEY: {"running": 4, "waiting": 2, "kv_usage": 0.5}})
+    one.share.report({KEY: {"running": 4, "waiting": 2, "kv_usage": 0.5}})
     await eventually(lambda: two.engine().load.running == 4)
     await eventually(lambda: two.engine().load.running == one.engine().load.running == 0)
     assert two.engine().load.kv_usage == 0
-    await one.share.report({KEY: {"running": 5, "waiting": 0, "kv_usage": 0.1}})
+    one.share.report({KEY: {"running": 5, "waiting": 0, "kv_usage": 0.1}})
     await eventually(lambda: two.engine().load.running == 5)
 
 
 async def test_a_report_of_an_engine_that_nobody_knows_is_dropped(pair, valkey):
     one, _ = pair
-    await one.share.report({"n9/e9": {"running": 4}})
+    one.share.report({"n9/e9": {"running": 4}})
+    await eventually(lambda: not one.share._untold)
     await eventually(lambda: _is_empty(valkey))
-    assert one.share._reports == {}
+    assert not one.share._fresh
 
 
 async def _is_empty(valkey: Redis) -> bool:
@@ -195,11 +196,11 @@ async def test_without_valkey_each_knows_its_own_and_afterwards_all_again(
         if how == "frozen":
             with frozen(private_stores, "valkey"):
                 await eventually(lambda: one.has(0, 0))
-                await one.share.report({KEY: {"running": 3}})
+                one.share.report({KEY: {"running": 3}})
         else:
             kill(private_stores, "valkey")
             await eventually(lambda: one.has(0, 0))
-            await one.share.report({KEY: {"running": 3}})
+            one.share.report({KEY: {"running": 3}})
             private_stores.restart("valkey")
         assert one.engine().load.turns == 1, "its own are its own"
         await eventually(lambda: one.has(5, 500) and two.has(1, 10))
@@ -234,9 +235,31 @@ async def test_an_idle_worker_writes_once_and_is_heard_again_when_it_has_turns(p
     await eventually(lambda: one.has(0, 0))
 
 
+async def test_a_report_of_an_engine_that_left_is_taken_out(pair, valkey, monkeypatch):
+    monkeypatch.setattr(load, "SWEEP_SHARES", 2)
+    one, two = pair
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+    for worker in pair:
+        worker.registry.apply([], 0)
+    await eventually(lambda: _is_empty(valkey))
+
+
+async def test_a_report_that_comes_back_to_what_it_was_is_news(pair):
+    one, two = pair
+    for running in (4, 5, 4):
+        one.share.report({KEY: {"running": running}})
+        assert one.engine().load.running == running
+    await eventually(lambda: two.engine().load.running == 4)
+
+
 async def test_reports_are_kept_for_a_while_by_whoever_writes_them(pair, valkey):
-    await pair[0].share.report({KEY: {"running": 4}})
-    assert 0 < await valkey.ttl(REPORTED) <= load.KEPT_S
+    pair[0].share.report({KEY: {"running": 4}})
+    await eventually(lambda: _is_kept(valkey))
+
+
+async def _is_kept(valkey: Redis) -> bool:
+    return 0 < await valkey.ttl(REPORTED) <= load.KEPT_S
 
 
 async def test_an_engine_that_reports_too_many_turns_waiting_inside_it_is_full_until_it_is_asked_again(
@@ -244,9 +267,9 @@ async def test_an_engine_that_reports_too_many_turns_waiting_inside_it_is_full_u
 ):
     async with workers(1, valkey, settings, clock) as (one,):
         one.puts(3, 30)
-        await one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max}})
+        one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max}})
         assert one.engine().load.cap > 1000
-        await one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max + 1}})
+        one.share.report({KEY: {"running": 9, "waiting": settings.engine_waiting_max + 1}})
         assert not one.engine().is_fit(1000)
         one.registry.relax_caps(1)
         assert one.engine().is_fit(1000), "one turn more may try"

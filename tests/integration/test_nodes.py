@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import reduce
 from typing import Any
 
 import asyncpg
@@ -164,6 +165,7 @@ BAD: list[Any] = [
     {"provider_hostname": "a\x00b"}, {"cached_models": ["a\x00b"]}, {"gpu_status": {"x": "a\x00b"}},
     {"agent_version": "\x00"}, {"provider_hostname": "x" * 10_000}, {"load": []},
     {"engines": [{"engine_id": "e", "url": "http://127.0.0.1:1", "state": "ready"}], "load": {"e": 5}},
+    {"gpu_status": reduce(lambda inner, _: {"x": inner}, range(500), {})},
 ]  # fmt: skip
 
 
@@ -296,6 +298,24 @@ async def test_an_engine_that_is_not_ready_gets_no_turns_and_a_ready_one_again(g
     await node.says(engine.url)
     await eventually(node.is_routed)
     assert await chat_status(gw) == 200
+
+
+async def test_what_changed_is_read_and_nothing_else(gw, node):
+    other = await provider(gw, "other")
+    await node.says("http://127.0.0.1:9001", cached_models=["m", "n"])
+    await other.says("http://127.0.0.1:9002", cached_models=["m"])
+    store = NodeStore(gw.pool)
+    rows = await store.changed([node.node_id], [])
+    assert [(row.node_id, row.url) for row in rows.engines] == [(node.node_id, "http://127.0.0.1:9001")]
+    assert (rows.nodes_online, [row.model for row in rows.cached]) == (2, ["m", "n"])
+    rows = await store.changed([], [str(other.account_id)])
+    assert ([row.node_id for row in rows.engines], rows.nodes) == ([other.node_id], {other.node_id})
+    await eventually(lambda: node.is_routed() and other.is_routed())
+    await gw.pool.execute("update accounts set status = 'suspended' where id = $1", other.account_id)
+    await eventually(lambda: not other.is_routed())
+    assert node.is_routed()
+    await gw.pool.execute("update accounts set status = 'active' where id = $1", other.account_id)
+    await eventually(other.is_routed)
 
 
 async def test_an_engine_that_is_not_reported_any_more_leaves(gw, node, engine):

@@ -2,12 +2,13 @@
 
 import logging
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from config.defaults import Settings
-from nodes.heartbeats import EngineRow
+from nodes.heartbeats import CachedRow, EngineRow, PoolRows
 from nodes.networks import AllowedNetworks, EngineUrlRefused
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
@@ -45,6 +46,74 @@ def test_engines_are_found_by_each_model_that_they_serve(registry):
 def test_a_model_has_the_largest_context_that_any_engine_gives_it(registry):
     registry.apply([row("a", models={"m": 2048}), row("b", models={"m": 8192}), row("c", models={"m": 0})], 1)
     assert registry.snapshot.models()["m"].context_length == 8192
+
+
+class Store:
+    """Answers with rows that a test names; away while there are none."""
+
+    def __init__(self, *answers: PoolRows) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[set[str], set[str]] | None] = []
+
+    async def pool(self) -> PoolRows:
+        self.asked.append(None)
+        return self._answer()
+
+    async def changed(self, nodes: Iterable[str], accounts: Iterable[str]) -> PoolRows:
+        self.asked.append((set(nodes), set(accounts)))
+        return self._answer()
+
+    def _answer(self) -> PoolRows:
+        if not self.answers:
+            raise OSError("away")
+        return self.answers.pop(0)
+
+
+async def test_a_change_reads_its_node_alone_and_leaves_the_others_as_they_are(registry):
+    all_rows = [
+        row(node="n1"),
+        row(node="n2", port=9002),
+        row("e1", node="n2", port=9003),
+        row(node="n3", port=9004),
+    ]
+    on_disk = [CachedRow("m", "n1"), CachedRow("m", "n2"), CachedRow("n", "n2")]
+    changed = PoolRows(
+        [row("e1", node="n2", models={"other": 1})], 2, [CachedRow("m", "n2")], frozenset(("n2", "n9"))
+    )
+    store = Store(PoolRows(all_rows, 3, on_disk), changed)
+    await registry.reload(store)
+    kept = registry.engine("n1/e0")
+    registry.node_changed("n2")
+    registry.node_changed("n9")
+    registry.account_changed("5")
+    await registry.reload(store)
+    assert store.asked == [None, ({"n2", "n9"}, {"5"})], "the first time all"
+    assert {engine.key for engine in registry.snapshot.engines} == {"n1/e0", "n2/e1", "n3/e0"}
+    assert registry.engine("n1/e0") is kept
+    assert set(registry.snapshot.by_model) == {"m", "other"}
+    assert registry.snapshot.nodes_online == 2
+    assert {model: set(nodes) for model, nodes in registry.snapshot.cached.items()} == {"m": {"n1", "n2"}}
+
+
+async def test_what_changed_while_rows_could_not_be_read_is_read_afterwards(registry):
+    store = Store(PoolRows([row()], 1, []))
+    await registry.reload(store)
+    registry.node_changed("n1")
+    assert not await registry.reload(store)
+    registry.account_changed("7")
+    store.answers.append(PoolRows([], 0, [], frozenset(("n1",))))
+    assert await registry.reload(store)
+    assert store.asked[-1] == ({"n1"}, {"7"})
+    assert registry.snapshot.engines == ()
+
+
+async def test_an_account_that_owns_no_node_makes_no_new_snapshot(registry):
+    store = Store(PoolRows([row()], 1, []), PoolRows([], 1, [], frozenset()))
+    await registry.reload(store)
+    before = registry.snapshot
+    registry.account_changed("7")
+    assert await registry.reload(store)
+    assert registry.snapshot is before
 
 
 def test_the_index_can_not_be_written(registry):

@@ -16,14 +16,11 @@ from gateway.api.inference import read_body
 from gateway.api.provider.asking import node_of_account
 from gateway.api.routes import Routes
 from gateway.api.services import (
-    COMMANDS,
     KEYRING,
     LISTENER_CHECKS,
     LOAD,
     NETWORKS,
     NODES,
-    PROVIDERS,
-    REACHING,
     REQUEST_LIMITS,
     SETTINGS,
 )
@@ -31,9 +28,7 @@ from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest, Conflict, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
 from gateway.identity.providers import SCOPE
-from nodes.commands import Briefing
 from nodes.control_messages import Progress
-from nodes.heartbeats import AddressOfAnother, NodeFenced, NodeOfAnother, TooManyNodes
 from nodes.networks import EngineUrlRefused
 from nodes.protocol import (
     AGENT_VERSION,
@@ -45,7 +40,9 @@ from nodes.protocol import (
     ReachReply,
 )
 from nodes.providers import UnknownProvider
-from nodes.reach import DIRECT, ENGINE_ID, NONE
+from nodes.reach import DIRECT, ENGINE_ID
+from nodes.reaching import NodeReach
+from nodes.reports import AddressOfAnother, NodeFenced, NodeLease, NodeOfAnother, NotApproved, TooManyNodes
 from nodes.versions import is_older
 
 log = logging.getLogger("poolgate.nodes")
@@ -128,9 +125,9 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         reply = await _record(request, beat, principal)
     except BadMessage as error:
         raise BadRequest(str(error)) from None
-    except asyncpg.DataError:
+    except (asyncpg.DataError, orjson.JSONEncodeError):
         raise BadRequest(
-            "The heartbeat has a text or a number that can't be kept, as one with a NUL."
+            "The heartbeat has a text or a number that can't be kept, as one with a NUL, or a hundred levels."
         ) from None
     except AWAY as error:
         log.debug(  # that PostgreSQL is away is told once, by the change feed
@@ -146,18 +143,15 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
 
 async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -> HeartbeatReply:
     settings = request.app[SETTINGS]
-    try:
-        provider = await request.app[PROVIDERS].standing(principal.account_id)
-    except UnknownProvider:
-        raise Forbidden("This key's account is no provider.") from None
-    if provider.approval_status != "approved":
-        raise Forbidden("Provider not approved yet.")
     progress = [Progress.from_json(report) for report in beat.progress]
     try:
         lease = await request.app[NODES].record(
-            principal.account_id, beat, _reachable_engines(request, beat), credit_s=settings.heartbeat_grace_s,
-            nodes_max=settings.provider_nodes_max,
-        )  # fmt: skip
+            principal.account_id, beat, _reachable_engines(request, beat), progress
+        )
+    except UnknownProvider:
+        raise Forbidden("This key's account is no provider.") from None
+    except NotApproved:
+        raise Forbidden("Provider not approved yet.") from None
     except EngineUrlRefused as error:
         raise BadRequest(f"engines[].url: {error}") from None
     except AddressOfAnother:
@@ -172,22 +166,22 @@ async def _record(request: web.Request, beat: Heartbeat, principal: Principal) -
         raise BadRequest(
             f"This provider has {settings.provider_nodes_max} nodes, and may have no more."
         ) from None
-    loads = {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
-    await request.app[LOAD].report(loads)
-    await request.app[COMMANDS].progress(beat.node_id, progress)
-    briefing = await request.app[COMMANDS].briefing(beat.node_id)
+    request.app[LOAD].report(
+        {f"{beat.node_id}/{engine}": load.to_json() for engine, load in beat.load.items()}
+    )
     return HeartbeatReply(
         timestamp=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        approval_status=provider.approval_status,
         **_versions(beat, settings.agent_version_min),
-        **_wishes(briefing, beat),
+        preload_model=_preload(lease, beat),
+        wanted=lease.wanted,
+        commands=tuple(command.to_json() for command in lease.commands),
         node_id=beat.node_id,
         epoch=lease.epoch,
         lease_s=settings.heartbeat_grace_s,
         heartbeat_interval_s=settings.heartbeat_interval_s,
         state=lease.state,
-        preferences=provider.preferences.to_json(),
-        reach=await _reach(request, beat, principal),
+        preferences=lease.preferences.to_json(),
+        reach=_reach(request, beat, principal, lease.reach),
     )
 
 
@@ -202,13 +196,10 @@ def _reachable_engines(request: web.Request, beat: Heartbeat) -> list[EngineRepo
     return list(beat.engines)
 
 
-async def _reach(request: web.Request, beat: Heartbeat, principal: Principal) -> ReachReply:
+def _reach(request: web.Request, beat: Heartbeat, principal: Principal, known: NodeReach) -> ReachReply:
     """What the agent is to know of the way to its node, and a check of its listener begun if one is due."""
     if beat.reach.mode == "direct":
         return ReachReply(way=DIRECT)
-    known = await request.app[REACHING].node(beat.node_id)
-    if known is None:  # deleted just now
-        return ReachReply(way=NONE)
     checks = request.app[LISTENER_CHECKS]
     checks.consider(beat.node_id, principal.account_id, beat.reach, known)
     token = checks.token(principal.account_id, beat.node_id)
@@ -227,19 +218,12 @@ def _versions(beat: Heartbeat, least: str) -> dict[str, Any]:
     }
 
 
-def _wishes(briefing: Briefing | None, beat: Heartbeat) -> dict[str, Any]:
-    """What is wanted of the node and the commands that it has not done; the first model to load that it does not serve
-    once more, for agents that know no commands."""
-    if briefing is None:
-        return {}
+def _preload(lease: NodeLease, beat: Heartbeat) -> dict[str, Any] | None:
+    """The first model to load that the node does not serve, once more: for agents that know no commands."""
     served = {model.id for engine in beat.engines if engine.state == READY for model in engine.models}
-    wished = [each.arguments["model_name"] for each in briefing.commands if each.name == "preload_model"]
-    models = [model for model in wished if model not in served]
-    return {
-        "wanted": briefing.wanted,
-        "commands": tuple(command.to_json() for command in briefing.commands),
-        "preload_model": {"model_name": models[0], "status": "downloading"} if models else None,
-    }
+    wished = [each.arguments["model_name"] for each in lease.commands if each.name == "preload_model"]
+    model = next((model for model in wished if model not in served), None)
+    return None if model is None else {"model_name": model, "status": "downloading"}
 
 
 def _decode(body: bytes, header_key: str | None) -> Heartbeat:

@@ -21,11 +21,11 @@ from gateway.api.provider.asking import (
 )
 from gateway.api.provider.rendering import moment
 from gateway.api.routes import Routes
-from gateway.api.services import EVENTS, NODES, PROVIDERS, SETTINGS
+from gateway.api.services import EVENTS, NODES, PROVIDERS
 from gateway.api.system.answers import json_answer
 from gateway.errors import BadRequest
 from nodes.events import Event
-from nodes.heartbeats import NodeOfAnother, TooManyNodes
+from nodes.reports import NodeOfAnother, TooManyNodes
 
 routes = Routes(surface="plain", tag="Providers")
 
@@ -106,10 +106,7 @@ async def readiness(request: web.Request) -> web.StreamResponse:
     }
     node_id = str(told.node_id or node_of_account(principal.account_id))
     try:
-        nodes_max = request.app[SETTINGS].provider_nodes_max
-        await request.app[NODES].connect(
-            principal.account_id, node_id, kept, told.provider_hostname or "", nodes_max
-        )
+        await request.app[NODES].connect(principal.account_id, node_id, kept, told.provider_hostname or "")
     except (NodeOfAnother, TooManyNodes):
         raise BadRequest("node_id is not valid for this key.", param="node_id") from None
     return json_answer({"success": True, "readiness_status": status, "checks": checks})
