@@ -37,6 +37,13 @@ class Settings:
         high=256,
         unit="processes",
     )
+    worker_hung_s: float = knob(
+        60.0,
+        "a worker whose event loop has not turned for so long is killed, and another takes its place and its queue",
+        low=1,
+        high=3600,
+        unit="seconds",
+    )
     body_bytes_max: int = knob(
         10 * 2**20,
         "largest request body: a full context as text is about 1 MiB, the rest is room for images as data: URLs",

@@ -41,7 +41,16 @@ class Slot:
     def tend(self, settings: Settings, now_s: float) -> None:
         """Note a worker that died, and start one where there is none."""
         worker = self.worker
-        if worker is not None and (code := worker.poll(now_s)) is not None:
+        code = None if worker is None else worker.poll(now_s)
+        if worker is not None and code is None and worker.is_hung(now_s):
+            log.error(
+                "worker %d hangs and is killed",
+                worker.pid,
+                extra={"action": "worker_hung", "pid": worker.pid},
+            )
+            worker.kill()
+            code = worker.poll(now_s)
+        if worker is not None and code is not None:
             log.error(
                 "worker %d ended with %d; another one starts", worker.pid, code,
                 extra={"action": "worker_died"},

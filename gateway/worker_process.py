@@ -46,7 +46,8 @@ class WorkerProcess:
     def __init__(self, sock: socket.socket, settings: Settings, now_s: float, *, waits: bool = False) -> None:
         """`waits`: it accepts only when it is ready, since others serve meanwhile. Raises OSError."""
         self.started_s = self._heard_at_s = now_s
-        self._says_ready = False
+        self._hung_s = settings.worker_hung_s
+        self._says_ready = self._has_said = False
         self._hears, tells = os.pipe()
         try:
             os.set_blocking(self._hears, False)
@@ -74,13 +75,17 @@ class WorkerProcess:
     def poll(self, now_s: float) -> int | None:
         """Hear what it says; its exit code if it has ended, and then its gauges end too."""
         if self._hears >= 0 and (word := latest(self._hears)):
-            self._says_ready, self._heard_at_s = word == READY, now_s
+            self._says_ready, self._heard_at_s, self._has_said = word == READY, now_s, True
         code = self._child.poll()
         if code is not None and self._hears >= 0:
             os.close(self._hears)
             self._hears, self._says_ready = -1, False
             metrics.forget_process(self.pid)
         return code
+
+    def is_hung(self, now_s: float) -> bool:
+        """It has begun, and its event loop turns no more. To be asked after `poll`."""
+        return self._has_said and now_s - self._heard_at_s > self._hung_s
 
     def finish(self) -> None:
         """SIGTERM: it takes what is queued, ends its turns within their grace, and writes what they used."""

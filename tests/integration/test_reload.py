@@ -137,6 +137,18 @@ async def test_what_queues_on_the_socket_of_a_worker_that_died_is_answered_by_a_
     assert await asyncio.to_thread(run.gateway.wait) == 0
 
 
+async def test_workers_that_hang_are_killed_and_others_answer_what_is_queued(settings, pool, tmp_path):
+    async with running(replace(settings, worker_hung_s=4.0), pool, tmp_path) as run:
+        before = pids(run)
+        for worker in run.gateway.workers():
+            worker.suspend()
+        clients = [Client("127.0.0.1", run.gateway.port) for _ in range(8)]
+        asking = [asyncio.create_task(client.ask(request(run), 60)) for client in clients]
+        await run.gateway.until_logged("hangs and is killed", WORKERS)
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 8
+        assert not pids(run) & before
+
+
 # --- probes and TLS --------------------------------------------------------------------------------------------------
 
 
