@@ -33,9 +33,12 @@ MINUTE_S, HOUR_S = 60.0, 3600.0
 SUBJECTS_MAX = 10_000
 """Of one process while Valkey is away; the one that was not seen for longest is forgotten."""
 
-GAP_S, GATHERED_MAX = 0.05, 256
-"""Requests that come closer together than this are counted by one call, so that thousands of nodes ask Valkey 20 times a
-second. It holds up other requests for a millisecond."""
+GATHERED_MAX = 256
+"""Requests counted by one call to Valkey: those that came while the call before was under way."""
+
+BEATS_GAP_S = 0.05
+"""Heartbeats wait for each other this long, so that thousands of nodes ask Valkey 20 times a second. Nothing else does: who
+asks one thing after the other would feel it."""
 
 NEWS_FACTOR = 5
 """Our agent reports at once when an engine changes state, beside its beats: that many times the contract's number."""
@@ -60,7 +63,8 @@ class RequestLimits:
         self._script = valkey.register_script(SCRIPT)
         self._timeout_s = settings.valkey_timeout_s
         self._trusted = networks(settings.trusted_proxies)
-        self._asked = Gathering(self._ask, gap_s=GAP_S, most=GATHERED_MAX)
+        self._asked = Gathering(self._ask, gap_s=0.0, most=GATHERED_MAX)
+        self._beats = Gathering(self._ask, gap_s=BEATS_GAP_S, most=GATHERED_MAX)
         self._alone: OrderedDict[str, deque[float]] = OrderedDict()
         self._is_alone = False
         self._any = Rule("api", settings.api_requests_minute, MINUTE_S)
@@ -105,7 +109,8 @@ class RequestLimits:
 
     async def admit(self, rule: Rule, subject: str) -> None:
         """Raises RateLimited with the time until there is room."""
-        wait_s = await self._asked.add((rule, f"poolgate:requests:{rule.kind}:{subject}"))
+        asked = self._beats if rule in (self._heartbeat, self._own_heartbeat) else self._asked
+        wait_s = await asked.add((rule, f"poolgate:requests:{rule.kind}:{subject}"))
         if wait_s > 0:
             raise RateLimited(
                 f"Too many requests: {rule.limit} in {rule.window_s:g} s are allowed. Try again later.",

@@ -49,7 +49,7 @@ class Preferences:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a heartbeat asks of its provider."""
+    """Whether a provider's nodes may serve, and what it prefers."""
 
     approval_status: str  # pending, approved, rejected
     preferences: Preferences
