@@ -27,6 +27,9 @@ RELOAD_RETRY_S = 1.0
 RELOAD_SHARE, RELOAD_PAUSE_MAX_S = 0.1, 0.5
 """Reading changes takes no more of the time than this: those that come faster are read together."""
 
+KEPT_SHARE = 0.85
+"""Of an engine's KV cache, for prompts that may come again: the rest is taken by what is under way and by what came once."""
+
 CAP_MAX = 2**16
 """A cap on an engine's turns above this is none."""
 
@@ -127,7 +130,7 @@ class Registry:
             engine.breaker.reset()
             engine.load.cap = UNCAPPED
         engine.models = models
-        engine.held.tokens_max = row.kv_tokens or TOKENS_UNTOLD
+        engine.held.tokens_max = int((row.kv_tokens or TOKENS_UNTOLD) * KEPT_SHARE)
         facts = row.facts
         engine.region, engine.tier, engine.price_percent = facts.region, facts.tier, facts.price_percent
         engine.reputation = facts.reputation

@@ -11,6 +11,7 @@ from config.defaults import Settings
 from nodes.heartbeats import CachedRow, EngineRow, PoolRows
 from nodes.networks import AllowedNetworks, EngineUrlRefused
 from nodes.registry import Registry
+from nodes.routing.prefixes import TOKENS_UNTOLD
 from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine, Snapshot
 
@@ -263,3 +264,11 @@ def test_every_name_of_this_host_with_the_gateways_port_is_the_gateway(url):
 def test_engines_on_ipv6_loopback_may_be_called_where_it_is_listed():
     found = AllowedNetworks("::1/128").address("http://[::1]:9001")
     assert (found.host, found.port) == ("::1", 9001)
+
+
+def test_an_engine_is_taken_to_keep_most_of_its_cache_for_prompts_or_a_common_ones_if_it_does_not_tell(
+    registry,
+):
+    registry.apply([row("told", kv_tokens=10_000), row("untold", port=9002)], 1)
+    held = {each.engine_id: each.held.tokens_max for each in registry.snapshot.engines}
+    assert held == {"told": 8500, "untold": int(0.85 * TOKENS_UNTOLD)}
