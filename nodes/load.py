@@ -6,7 +6,7 @@ serve; a worker that stopped writing is forgotten after a few periods, by our ow
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -20,26 +20,25 @@ from nodes.registry import Registry
 log = logging.getLogger("poolgate.load")
 
 IN_FLIGHT = "poolgate:in-flight"
-REPORTED = "poolgate:reported"
 
 STALE_PERIODS = 10
 """Periods after which a worker that wrote nothing new counts as gone."""
 
 KEPT_S = 60
-"""The hashes vanish this long after the last writer."""
+"""The hash vanishes this long after the last writer."""
+
+TOLD_PERIODS = 5
+"""Periods for which a worker's entry has a report: others read one late, but what all engines ever said is in none."""
 
 REPORT_FRESH_S = 5.0
 """Age past which an engine's own report says nothing any more: turns last seconds, heartbeats are far apart."""
-
-SWEEP_SHARES = 50
-"""Each time so often all reports are looked at, whether their engines are still there; else only new ones."""
 
 AWAY_PAUSE_S = 1.0
 """Pause after Valkey did not answer."""
 
 
 class LoadShare:
-    """Reads and writes the two hashes; `report` is for the worker that got a heartbeat."""
+    """Reads and writes the hash; `report` is for the worker that an agent told."""
 
     def __init__(self, valkey: "Redis", registry: Registry, settings: Settings, worker: str) -> None:
         self._valkey = valkey
@@ -48,20 +47,20 @@ class LoadShare:
         self._worker = worker
         self._sequence = 0
         self._is_idle = False  # our entry says that nothing is in flight
-        self._seen: dict[str, tuple[Any, float]] = {}
-        self._shares = 0
-        self._untold: dict[bytes, bytes] = {}  # reports that came to us since we shared
-        self._told: dict[bytes, bytes] = {}  # every report that is shared, as it was then
-        self._fresh: dict[str, float] = {}  # when those came that count
+        self._seen: dict[str, tuple[Any, float]] = {}  # each worker's sequence, and since when
+        self._heard: dict[
+            str, dict[str, dict[str, Any]]
+        ] = {}  # the reports in each worker's entry, taken once
+        self._untold: dict[str, tuple[Mapping[str, Any], float]] = {}  # reports that came to us of late
+        self._reports: dict[str, tuple[Mapping[str, Any], float]] = {}  # those that count, and since when
         self._laden: set[str] = set()  # engines that others have turns on
         self._is_up = True
 
     def report(self, loads: Mapping[str, Mapping[str, Any]]) -> None:
         """What engines said of themselves, by engine key: this worker knows it at once, the others a moment later."""
-        told = {key.encode(): orjson.dumps(load) for key, load in loads.items()}
-        news = {key: load for key, load in told.items() if self._untold.get(key, self._told.get(key)) != load}
-        self._take_reported(news)
-        self._untold |= news
+        now_s = asyncio.get_running_loop().time()
+        self._untold |= {key: (load, now_s) for key, load in loads.items()}
+        self._take(loads)
 
     async def run(self) -> None:
         """Share until cancelled."""
@@ -88,44 +87,31 @@ class LoadShare:
             for engine in self._registry.snapshot.engines
             if engine.load.turns
         }
+        told_s = asyncio.get_running_loop().time() - TOLD_PERIODS * self._settings.load_share_s
+        self._untold = {key: report for key, report in self._untold.items() if report[1] > told_s}
         is_idle, self._is_idle = self._is_idle, False  # until that is known to be there
-        untold, self._untold = self._untold, {}
+        says_nothing = not mine and not self._untold
         async with self._valkey.pipeline(transaction=False) as batch:
-            if (
-                mine or not is_idle
-            ):  # an entry that says nothing need not be renewed: without it nothing is known, either
+            if not (
+                says_nothing and is_idle
+            ):  # one that says nothing need not be renewed: without it nothing is known, too
                 self._sequence += 1
-                entry = orjson.dumps({"sequence": self._sequence, "load": mine}).decode()
-                batch.hset(IN_FLIGHT, self._worker, entry)
+                reports = {key: load for key, (load, _) in self._untold.items()}
+                entry = orjson.dumps({"sequence": self._sequence, "load": mine, "reports": reports})
+                batch.hset(IN_FLIGHT, self._worker, entry.decode())
                 batch.expire(IN_FLIGHT, KEPT_S)
-            if untold:
-                batch.hset(REPORTED, items=[part for pair in untold.items() for part in pair])
-                batch.expire(REPORTED, KEPT_S)
             batch.hgetall(IN_FLIGHT)
-            batch.hgetall(REPORTED)
-            *_, workers, reported = await batch.execute()
-        self._is_idle = not mine
+            *_, workers = await batch.execute()
+        self._is_idle = says_nothing
         self._spread(self._others({name.decode(): value for name, value in workers.items()}))
-        self._told |= untold
-        news = {key: load for key, load in reported.items() if self._told.get(key) != load}
-        self._told = reported
-        self._take_reported(news)
         self._fade()
-        self._shares += 1
-        await self._sweep(reported if self._shares % SWEEP_SHARES == 0 else news)
-
-    async def _sweep(self, reported: Iterable[bytes]) -> None:
-        """Take out what nobody will: entries of workers that are gone, reports of engines that left."""
         now_s = asyncio.get_running_loop().time()
         gone = [worker for worker, (_, since_s) in self._seen.items() if now_s - since_s > KEPT_S]
         if gone:
             await self._valkey.hdel(IN_FLIGHT, *gone)
-        left = [key for key in reported if self._registry.engine(key.decode()) is None]
-        if left:
-            await self._valkey.hdel(REPORTED, *left)
 
     def _others(self, workers: dict[str, bytes]) -> dict[str, tuple[int, int]]:
-        """Turns and tokens of all other living workers, by engine."""
+        """Turns and tokens of all other living workers, by engine; what they were told is taken."""
         now_s = asyncio.get_running_loop().time()
         totals: dict[str, tuple[int, int]] = {}
         for worker, value in workers.items():
@@ -135,13 +121,20 @@ class LoadShare:
             sequence, since_s = self._seen.get(worker, (None, now_s))
             if told.get("sequence") != sequence or worker not in self._seen:
                 self._seen[worker] = (told.get("sequence"), now_s)
+                self._hear(worker, _reports(told))
             elif now_s - since_s > STALE_PERIODS * self._settings.load_share_s:
                 continue
             for engine, pair in _pairs(told):
                 before = totals.get(engine, (0, 0))
                 totals[engine] = (before[0] + pair[0], before[1] + pair[1])
         self._seen = {worker: seen for worker, seen in self._seen.items() if worker in workers}
+        self._heard = {worker: heard for worker, heard in self._heard.items() if worker in workers}
         return totals
+
+    def _hear(self, worker: str, reports: dict[str, dict[str, Any]]) -> None:
+        """Each report once: what its engine has told another worker since is not undone by it."""
+        before, self._heard[worker] = self._heard.get(worker, {}), reports
+        self._take({key: load for key, load in reports.items() if before.get(key) != load})
 
     def _spread(self, totals: dict[str, tuple[int, int]]) -> None:
         for key in self._laden | totals.keys():
@@ -150,16 +143,14 @@ class LoadShare:
                 engine.load.others_turns, engine.load.others_tokens = totals.get(key, (0, 0))
         self._laden = set(totals)
 
-    def _take_reported(self, news: Mapping[bytes, bytes]) -> None:
+    def _take(self, loads: Mapping[str, Mapping[str, Any]]) -> None:
         """A report counts while it is fresh, by our clock: from when this worker first saw it."""
         now_s = asyncio.get_running_loop().time()
-        for name, told in news.items():
-            key = name.decode()
-            engine = self._registry.engine(key)
-            if engine is None:
+        for key, load in loads.items():
+            known, engine = self._reports.get(key), self._registry.engine(key)
+            if engine is None or (known is not None and known[0] == load):
                 continue
-            self._fresh[key] = now_s
-            load = _decoded(told)
+            self._reports[key] = load, now_s
             engine.load.running = int(_number(load, "running"))
             engine.load.waiting = int(_number(load, "waiting"))
             engine.load.kv_usage = _number(load, "kv_usage")
@@ -169,8 +160,8 @@ class LoadShare:
     def _fade(self) -> None:
         """What was not renewed says nothing any more."""
         oldest_s = asyncio.get_running_loop().time() - REPORT_FRESH_S
-        for key in [key for key, since_s in self._fresh.items() if since_s < oldest_s]:
-            del self._fresh[key]
+        for key in [key for key, (_, since_s) in self._reports.items() if since_s < oldest_s]:
+            del self._reports[key]
             engine = self._registry.engine(key)
             if engine is not None:
                 engine.load.running, engine.load.waiting, engine.load.kv_usage = 0, 0, 0.0
@@ -201,6 +192,12 @@ def _pairs(told: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
             yield engine, (pair[0], pair[1])
 
 
-def _number(load: dict[str, Any], name: str) -> float:
+def _reports(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    reports = told.get("reports")
+    pairs = reports.items() if isinstance(reports, dict) else ()
+    return {key: load for key, load in pairs if isinstance(load, dict)}
+
+
+def _number(load: Mapping[str, Any], name: str) -> float:
     value = load.get(name, 0)
     return value if isinstance(value, int | float) and 0 <= value < 2**53 else 0

@@ -13,7 +13,7 @@ from config.defaults import Settings
 from config.valkey import open_valkey
 from nodes import load
 from nodes.heartbeats import EngineRow
-from nodes.load import IN_FLIGHT, REPORTED, LoadShare
+from nodes.load import IN_FLIGHT, LoadShare
 from nodes.networks import AllowedNetworks
 from nodes.registry import Registry
 from nodes.routing.snapshot import Engine
@@ -132,12 +132,12 @@ async def test_a_new_worker_forgets_an_old_entry_that_nobody_renews(valkey, sett
 @pytest.mark.parametrize(
     "value",
     [b"", b"no json", b"[]", b"null", b"{}", b'{"sequence":1,"load":[]}', b'{"sequence":1,"load":{"n1/e0":1}}',
+     b'{"sequence":1,"reports":[]}', b'{"sequence":1,"reports":{"n1/e0":5}}', b'{"reports":{"n1/e0":{"running":"x"}}}',
      b'{"sequence":1,"load":{"n1/e0":["a","b"]}}', b'{"sequence":{},"load":{"unknown":[1,1]}}'],
 )  # fmt: skip
 async def test_nonsense_in_valkey_counts_as_nothing(pair, valkey, value):
     one, two = pair
     await valkey.hset(IN_FLIGHT, "stranger", value)
-    await valkey.hset(REPORTED, KEY, value)
     two.puts(2, 20)
     await eventually(lambda: one.has(2, 20))
     assert one.engine().load.running == 0
@@ -167,16 +167,40 @@ async def test_a_report_that_is_not_renewed_fades(pair, monkeypatch):
     await eventually(lambda: two.engine().load.running == 5)
 
 
-async def test_a_report_of_an_engine_that_nobody_knows_is_dropped(pair, valkey):
-    one, _ = pair
+async def test_a_report_of_an_engine_that_nobody_knows_is_dropped(pair):
+    one, two = pair
     one.share.report({"n9/e9": {"running": 4}})
-    await eventually(lambda: not one.share._untold)
-    await eventually(lambda: _is_empty(valkey))
-    assert not one.share._fresh
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+    assert set(one.share._reports) == set(two.share._reports) == {KEY}
 
 
-async def _is_empty(valkey: Redis) -> bool:
-    return await valkey.hlen(REPORTED) == 0
+async def test_what_an_engine_tells_another_worker_later_stands(pair, monkeypatch):
+    monkeypatch.setattr(load, "TOLD_PERIODS", 10_000)  # the older one stays in its entry
+    one, two = pair
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+    two.share.report({KEY: {"running": 9}})
+    await eventually(lambda: one.engine().load.running == 9)
+    sequence = one.share._sequence
+    await eventually(lambda: one.share._sequence > sequence + 3 and two.share._sequence > sequence + 3)
+    assert one.engine().load.running == two.engine().load.running == 9
+
+
+async def test_an_entry_has_only_what_was_told_of_late(pair, valkey):
+    one, two = pair
+    one.puts(1, 10)
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+
+    async def is_told() -> bool:
+        return bool(orjson.loads(await valkey.hget(IN_FLIGHT, "w0"))["reports"])
+
+    async def is_told_no_more() -> bool:
+        return not await is_told()
+
+    await eventually(is_told_no_more)
+    assert two.engine().load.running == 4, "it counts for longer"
 
 
 # --- without Valkey --------------------------------------------------------------------------------------------------
@@ -235,31 +259,12 @@ async def test_an_idle_worker_writes_once_and_is_heard_again_when_it_has_turns(p
     await eventually(lambda: one.has(0, 0))
 
 
-async def test_a_report_of_an_engine_that_left_is_taken_out(pair, valkey, monkeypatch):
-    monkeypatch.setattr(load, "SWEEP_SHARES", 2)
-    one, two = pair
-    one.share.report({KEY: {"running": 4}})
-    await eventually(lambda: two.engine().load.running == 4)
-    for worker in pair:
-        worker.registry.apply([], 0)
-    await eventually(lambda: _is_empty(valkey))
-
-
 async def test_a_report_that_comes_back_to_what_it_was_is_news(pair):
     one, two = pair
     for running in (4, 5, 4):
         one.share.report({KEY: {"running": running}})
         assert one.engine().load.running == running
     await eventually(lambda: two.engine().load.running == 4)
-
-
-async def test_reports_are_kept_for_a_while_by_whoever_writes_them(pair, valkey):
-    pair[0].share.report({KEY: {"running": 4}})
-    await eventually(lambda: _is_kept(valkey))
-
-
-async def _is_kept(valkey: Redis) -> bool:
-    return 0 < await valkey.ttl(REPORTED) <= load.KEPT_S
 
 
 async def test_an_engine_that_reports_too_many_turns_waiting_inside_it_is_full_until_it_is_asked_again(
