@@ -541,7 +541,7 @@ def reset(client: Wire) -> None:
 async def test_clients_that_vanish_leave_nothing_wherever_they_were(gw, engines, caplog, how, where):
     engine = await engines(ttft_ms=60_000 if where == "turn" else 1, pace_ms=20, tokens=10_000)
     await gw.register(engine.url)
-    long = ASK | {"max_tokens": 10_000}
+    long = ASK | {"max_tokens": 1000}
     chunked = request(gw, b"", "transfer-encoding: chunked", length=False) + b"5\r\n{"
     raw = {
         "head": chat(gw)[:40], "body": chat(gw)[:-10], "odd head": b"M-SEARCH * HTTP/1.1\r\n", "chunked body": chunked,
@@ -552,7 +552,9 @@ async def test_clients_that_vanish_leave_nothing_wherever_they_were(gw, engines,
     async with wire(gw) as client:
         await client.send(raw)
         if where == "stream":
-            await client.reader.readuntil(b"content")
+            await client.reader.readuntil(b'"content":"')
+        elif where == "turn":
+            await engine.until(lambda record: bool(record["requests"]))
         elif where != "key look-up":
             await eventually(
                 lambda: any(
@@ -564,6 +566,8 @@ async def test_clients_that_vanish_leave_nothing_wherever_they_were(gw, engines,
     await eventually(lambda: not gw.gateway.door.connections and not gw.gateway._runner.server.connections)
     await eventually(lambda: gw.gateway.lifecycle.in_flight == 0 and len(asyncio.all_tasks()) <= tasks)
     assert [record for record in caplog.records if record.exc_info] == []
+    if where in ("turn", "stream"):
+        assert [record.outcome for record in await gw.settled(1)] == ["client_gone"]
 
 
 # --- the end of a worker ---------------------------------------------------------------------------------------------
