@@ -48,19 +48,21 @@ class LoadShare:
         self._sequence = 0
         self._is_idle = False  # our entry says that nothing is in flight
         self._seen: dict[str, tuple[Any, float]] = {}  # each worker's sequence, and since when
-        self._heard: dict[
-            str, dict[str, dict[str, Any]]
-        ] = {}  # the reports in each worker's entry, taken once
+        # The reports in each worker's entry, taken once.
+        self._heard: dict[str, dict[str, dict[str, Any]]] = {}
+        self._told = 0
         self._untold: dict[str, tuple[Mapping[str, Any], float]] = {}  # reports that came to us of late
-        self._reports: dict[str, tuple[Mapping[str, Any], float]] = {}  # those that count, and since when
+        self._reports: dict[str, float] = {}  # engines whose reports count, and since when
         self._laden: set[str] = set()  # engines that others have turns on
         self._is_up = True
 
     def report(self, loads: Mapping[str, Mapping[str, Any]]) -> None:
         """What engines said of themselves, by engine key: this worker knows it at once, the others a moment later."""
         now_s = asyncio.get_running_loop().time()
-        self._untold |= {key: (load, now_s) for key, load in loads.items()}
-        self._take(loads)
+        self._told += 1  # so that one which says the same as before is another one, and is as fresh
+        told = {key: {**load, "told": self._told} for key, load in loads.items()}
+        self._untold |= {key: (load, now_s) for key, load in told.items()}
+        self._take(told)
 
     async def run(self) -> None:
         """Share until cancelled."""
@@ -147,10 +149,10 @@ class LoadShare:
         """A report counts while it is fresh, by our clock: from when this worker first saw it."""
         now_s = asyncio.get_running_loop().time()
         for key, load in loads.items():
-            known, engine = self._reports.get(key), self._registry.engine(key)
-            if engine is None or (known is not None and known[0] == load):
+            engine = self._registry.engine(key)
+            if engine is None:
                 continue
-            self._reports[key] = load, now_s
+            self._reports[key] = now_s
             engine.load.running = int(_number(load, "running"))
             engine.load.waiting = int(_number(load, "waiting"))
             engine.load.kv_usage = _number(load, "kv_usage")
@@ -160,7 +162,7 @@ class LoadShare:
     def _fade(self) -> None:
         """What was not renewed says nothing any more."""
         oldest_s = asyncio.get_running_loop().time() - REPORT_FRESH_S
-        for key in [key for key, (_, since_s) in self._reports.items() if since_s < oldest_s]:
+        for key in [key for key, since_s in self._reports.items() if since_s < oldest_s]:
             del self._reports[key]
             engine = self._registry.engine(key)
             if engine is not None:

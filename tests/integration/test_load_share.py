@@ -167,6 +167,22 @@ async def test_a_report_that_is_not_renewed_fades(pair, monkeypatch):
     await eventually(lambda: two.engine().load.running == 5)
 
 
+async def test_a_report_that_says_the_same_again_counts_on(pair, monkeypatch):
+    monkeypatch.setattr(load, "REPORT_FRESH_S", 1.0)
+    one, two = pair
+    one.share.report({KEY: {"running": 4}})
+    await eventually(lambda: two.engine().load.running == 4)
+    since_s = two.share._reports[KEY]
+
+    def is_renewed() -> bool:
+        one.share.report({KEY: {"running": 4}})
+        assert one.engine().load.running == 4
+        return two.share._reports[KEY] > since_s + 1.5
+
+    await eventually(is_renewed)
+    assert two.engine().load.running == 4
+
+
 async def test_a_report_of_an_engine_that_nobody_knows_is_dropped(pair):
     one, two = pair
     one.share.report({"n9/e9": {"running": 4}})
