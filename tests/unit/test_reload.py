@@ -27,6 +27,10 @@ class FakeWorker:
     says_ready: bool = False
     code: int | None = None
     is_killed: bool = False
+    hangs: bool = False
+
+    def is_hung(self, _now_s: float) -> bool:
+        return self.hangs
 
     def poll(self, _now_s: float) -> int | None:
         return self.code
@@ -128,6 +132,17 @@ def test_a_worker_that_dies_while_its_successor_starts_gets_no_other(scene: Scen
     assert reload.step(3.1) == "going"
     assert scene.slots[0].worker is scene.started[2]
     assert scene.released == []
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced_at_its_socket(scene: Scene):
+    scene.started[0].hangs = True
+    scene.tend(OLD, 1.0)
+    assert scene.started[0].is_killed
+    assert scene.slots[0].worker is None
+    scene.tend(OLD, 1.0 + RESTART_MAX_S)
+    assert scene.slots[0].worker is scene.started[2]
+    assert scene.started[2].sock is scene.started[0].sock
+    assert scene.slots[1].worker is scene.started[1]
 
 
 def test_and_if_its_successor_fails_too_it_is_replaced_as_any_dead_one(scene: Scene):
