@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,13 @@ def unsupported_reason() -> str:
 
 def recipe_hash() -> str:
     """Changes with the pins, the conversion, the steps and Python's minor version (wheels are of one)."""
-    pins = [line for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    # Not by their paths: the agent that is one file has them inside it.
+    requirements, convert = (
+        files(__package__).joinpath(path.name).read_text() for path in (REQUIREMENTS, CONVERT)
+    )
+    pins = [line for line in requirements.splitlines() if not line.startswith("#")]
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    text = "\n".join((*pins, CONVERT.read_text(), MODEL_PACKAGE, RECIPE, python))
+    text = "\n".join((*pins, convert, MODEL_PACKAGE, RECIPE, python))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+from nodes.agent.environment import recipe_hash
 from nodes.agent.package import REQUIREMENTS, build_zipapp
 from nodes.protocol import AGENT_VERSION
 
@@ -57,3 +58,14 @@ def test_nothing_of_the_gateway_is_in_it() -> None:
     assert {name.partition("/")[0] for name in names} == {"__main__.py", "config", "nodes"}
     assert {"nodes/agent/watchdog.py", "nodes/agent/launcher.py", "nodes/agent/main.py"} <= set(names)
     assert "nodes/heartbeats.py" not in names
+
+
+def test_the_packed_agent_knows_by_which_recipe_an_engine_beside_it_was_made(tmp_path: Path) -> None:
+    file = tmp_path / "agent.pyz"
+    file.write_bytes(build_zipapp().content)
+    code = "from nodes.agent.environment import recipe_hash; print(recipe_hash())"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(file)}, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert told.stdout.strip() == recipe_hash(), told.stderr
