@@ -22,11 +22,23 @@ create unique index node_commands_open on node_commands (node_id, name, argument
 create index node_commands_node on node_commands (node_id, id);
 create index node_commands_age on node_commands (updated_at);
 
+create function log_node_command() returns trigger language plpgsql as $$
+begin
+    insert into changes (kind, entity) values ('node_command', new.node_id::text);
+    return null;
+end
+$$;
 create trigger node_command_given after insert on node_commands
-    for each row execute function log_change('node_command', 'node_id');
+    for each row execute function log_node_command();
 
+create function log_node_wanted() returns trigger language plpgsql as $$
+begin
+    insert into changes (kind, entity) values ('node_command', new.id::text);
+    return null;
+end
+$$;
 create trigger node_wanted after update on nodes
     for each row when (
         (old.wanted, old.instance, old.state, old.account_id)
         is distinct from (new.wanted, new.instance, new.state, new.account_id)
-    ) execute function log_change('node_command', 'id');
+    ) execute function log_node_wanted();
