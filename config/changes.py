@@ -195,6 +195,7 @@ class ChangeFeed:
         elif error is not None and self._is_listening:
             log.warning("changes are polled only: %s", error, extra={"action": "changes_unheard"})
         self._is_listening = error is None
+        self._wake.set()  # what came while nobody listened
 
 
 def _oldest(snapshot: str) -> int:

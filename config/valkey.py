@@ -74,9 +74,8 @@ async def listen(
         try:
             async with valkey.pubsub() as connection:
                 await connection.subscribe(channel)
-                changed(None)
                 pause_s = RECONNECT_MIN_S
-                await _hear(connection, heard)
+                await _hear(connection, heard, changed)
         except (RedisError, OSError, TimeoutError) as error:
             changed(error)
         end_if_cancelled()
@@ -84,7 +83,9 @@ async def listen(
         pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 
 
-async def _hear(connection: PubSub, heard: Callable[[bytes], None]) -> None:
+async def _hear(
+    connection: PubSub, heard: Callable[[bytes], None], changed: Callable[[Exception | None], None]
+) -> None:
     """Until the connection fails, or nothing comes even after a ping: then the other side is gone."""
     is_asked = False
     while True:
@@ -95,5 +96,7 @@ async def _hear(connection: PubSub, heard: Callable[[bytes], None]) -> None:
         is_asked = message is None
         if message is None:
             await connection.ping()
+        elif message["type"] == "subscribe":
+            changed(None)
         elif message["type"] == "message":
             heard(message["data"])
