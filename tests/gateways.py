@@ -83,6 +83,25 @@ def listening() -> socket.socket:
 
 
 @asynccontextmanager
+async def _session() -> AsyncIterator[aiohttp.ClientSession]:
+    """As many connections as are asked for. Answers that a test did not read to their end are closed with it: a collector
+    of garbage that finds one warns, in some other test.
+    """
+    answers: list[aiohttp.ClientResponse] = []
+
+    async def note(_session: object, _context: object, told: aiohttp.TraceRequestEndParams) -> None:
+        answers.append(told.response)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(note)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, trace_configs=[trace]) as http:
+        yield http
+        for answer in answers:
+            answer.close()
+
+
+@asynccontextmanager
 async def running_gateway(
     settings: Settings,
     pool: asyncpg.Pool,
@@ -107,7 +126,7 @@ async def running_gateway(
     gateway.lifecycle._record = noted
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        async with _session() as http:
             yield TestGateway(gateway, url, pool, http, account.id, key, row, records)
     finally:
         if not gateway.health.is_draining:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from config.metrics import Metrics
+from gateway.caretaker import LOCK
 from gateway.reputation import ReputationChore
 from gateway.tally import Tally
 from nodes.reputation import ReputationStore
@@ -19,11 +20,14 @@ ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_
 
 @pytest.fixture
 async def gw(settings, pool, monkeypatch) -> AsyncIterator[TestGateway]:
-    """One whose turns are told at once; reputation is brought up to date by the tests alone."""
+    """One whose turns are told at once; reputation is brought up to date by the tests alone. A caretaker does it at its start
+    too, so another holds that office.
+    """
     monkeypatch.setattr("gateway.app.TALLY_S", 0.02)
-    own = replace(settings, developer_mode=True, reputation_s=3600, usage_check_s=3600)
-    async with running_gateway(own, pool) as running:
-        yield running
+    async with pool.acquire() as elsewhere:
+        assert await elsewhere.fetchval("select pg_try_advisory_lock($1)", LOCK)
+        async with running_gateway(replace(settings, developer_mode=True), pool) as running:
+            yield running
 
 
 @pytest.fixture
