@@ -4,6 +4,7 @@ Each is run as its makers say, with what costs it least: its simplest policy, no
 left to the questions.
 """
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -179,6 +180,26 @@ class Nginx(Peer):
         return ["nginx", "-p", str(folder), "-c", str(config)]
 
 
+class Bare(Peer):
+    """The floor in Python: it does not even parse HTTP."""
+
+    name = "bare uvloop"
+    about = "Python; bytes to and from an engine's connection, no HTTP, on poolgate's event loop (bench/bare.py)"
+    environment: ClassVar[Mapping[str, str]] = {"PYTHONPATH": str(ROOT)}
+
+    def install(self) -> None:
+        """uvloop is poolgate's."""
+
+    def version(self) -> str:
+        return importlib.metadata.version("uvloop")
+
+    def check(self) -> str:
+        return self.version()
+
+    def command(self, port: int, engines: Sequence[str], folder: Path) -> list[str]:
+        return [sys.executable, "-m", "bench.bare", str(port), *engines]
+
+
 NGINX = """\
 daemon off; worker_processes 1; worker_rlimit_nofile 20000; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
 events {{ worker_connections 20000; }}
@@ -197,7 +218,7 @@ http {{
 }}
 """
 
-PEERS: tuple[Peer, ...] = (VllmRouter(), SglangRouter(), Nginx(), LiteLlm())
+PEERS: tuple[Peer, ...] = (VllmRouter(), SglangRouter(), Nginx(), Bare(), LiteLlm())
 
 
 def tool_version(program: str, flag: str) -> str:
@@ -239,7 +260,7 @@ def _rust(peer: PythonPeer, version: str) -> str:
 def main() -> int:
     """Install all of them (`make bench-peers`)."""
     for peer in PEERS:
-        print(f"{peer.name} {PINS[peer.name]}: {peer.about}", flush=True)
+        print(f"{peer.name} {PINS.get(peer.name, '')}: {peer.about}", flush=True)
         try:
             found = peer.check()
         except NotInstalled:

@@ -20,13 +20,14 @@ ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_
 
 @pytest.fixture
 async def gw(settings, pool, monkeypatch) -> AsyncIterator[TestGateway]:
-    """One whose turns are told at once; reputation is brought up to date by the tests alone. A caretaker does it at its start
-    too, so another holds that office.
+    """One whose turns are told at once; reputation is brought up to date by the tests alone. A caretaker does it at its
+    start too, so another holds that office.
     """
     monkeypatch.setattr("gateway.app.TALLY_S", 0.02)
+    own = replace(settings, developer_mode=True, heartbeat_grace_s=2.0)
     async with pool.acquire() as elsewhere:
         assert await elsewhere.fetchval("select pg_try_advisory_lock($1)", LOCK)
-        async with running_gateway(replace(settings, developer_mode=True), pool) as running:
+        async with running_gateway(own, pool) as running:
             yield running
 
 
