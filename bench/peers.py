@@ -184,7 +184,9 @@ class Bare(Peer):
     """The floor in Python: it does not even parse HTTP."""
 
     name = "bare uvloop"
-    about = "Python; bytes to and from an engine's connection, no HTTP, on poolgate's event loop (bench/bare.py)"
+    about = (
+        "Python; bytes to and from an engine's connection, no HTTP, on poolgate's event loop (bench/bare.py)"
+    )
     environment: ClassVar[Mapping[str, str]] = {"PYTHONPATH": str(ROOT)}
 
     def install(self) -> None:
