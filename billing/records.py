@@ -6,7 +6,6 @@ files are journal_files.py's.
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -29,9 +28,9 @@ RECORD_BYTES_MAX = 32 * 2**10
 TEXT_MAX = 1000
 """Characters that are left of each text of a record that is too long: enough to know it by."""
 
-_TURN_ID, _STARTED_AT, _BUDGETS = (1 + list(UsageRecord.__dataclass_fields__).index(name) for name in (
-    "turn_id", "started_at", "budgets",
-))  # fmt: skip
+_TURN_ID, _STARTED_AT, _BUDGETS = (
+    1 + UsageRecord._fields.index(name) for name in ("turn_id", "started_at", "budgets")
+)
 _TEXTS = ("surface", "model", "node_id", "engine_id", "outcome", "price_ref")
 
 
@@ -68,28 +67,21 @@ def readable(payload: bytes) -> tuple[str, str]:
     try:
         fields = orjson.loads(payload)
         if fields[0] == VERSION:
-            names = UsageRecord.__dataclass_fields__
-            return ascii(fields[1])[1:-1], json.dumps(dict(zip(names, fields[1:], strict=False)))
+            return ascii(fields[1])[1:-1], json.dumps(
+                dict(zip(UsageRecord._fields, fields[1:], strict=False))
+            )
         return ascii(fields[1]), json.dumps(fields)
     except (ValueError, TypeError, LookupError):
         return payload.hex()[:64], json.dumps(payload.hex())
 
 
 def _dump(record: UsageRecord) -> bytes:
-    return orjson.dumps(
-        (
-            VERSION, record.turn_id, record.account_id, record.key_id, record.started_at, record.surface,
-            record.model, record.node_id, record.engine_id, record.stream, record.outcome, record.status,
-            record.prompt_tokens, record.cached_tokens, record.completion_tokens, record.estimated,
-            record.ttft_ms, record.duration_ms, record.amount_nano, record.price_ref, record.provider_id,
-            record.loss_nano, record.budgets, record.idempotency_key,
-        )
-    )  # fmt: skip
+    return orjson.dumps((VERSION, *record))
 
 
 def _clipped(record: UsageRecord) -> UsageRecord:
     texts: dict[str, Any] = {name: getattr(record, name) for name in _TEXTS}
-    return replace(record, **{name: text and text[:TEXT_MAX] for name, text in texts.items()})
+    return record._replace(**{name: text and text[:TEXT_MAX] for name, text in texts.items()})
 
 
 def _float(value: float | None, absent: float) -> float:

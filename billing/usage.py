@@ -7,15 +7,14 @@ How a record comes into the book, and its sums with it, is shipment.py's; who ma
 
 import datetime as dt
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 from uuid import UUID
 
 import asyncpg
 
 
-@dataclass(slots=True)  # not frozen: every turn makes one, which would take it six times as long
-class UsageRecord:
-    """What a settled turn used and costs."""
+class UsageRecord(NamedTuple):
+    """What a settled turn used and costs. A tuple: that is how it is written."""
 
     turn_id: UUID
     account_id: int
@@ -38,9 +37,7 @@ class UsageRecord:
     price_ref: str
     provider_id: int | None = None  # the account whose node did it
     loss_nano: int = 0  # delivered beyond what could be held for it: the platform's
-    budgets: tuple[
-        tuple[int, float], ...
-    ] = ()  # (budget, start of its window in unix seconds) that it counts in
+    budgets: tuple[tuple[int, float], ...] = ()  # (budget, start of its window in unix seconds) it counts in
     idempotency_key: str | None = None
 
 

@@ -579,7 +579,7 @@ class Settings:
         high=100,
     )
     routing_share_max: float = knob(
-        1.2,
+        1.25,
         "an engine with more than this times its group's mean share of late turns is sent no more for its cache's sake",
         low=1,
         high=1000,

@@ -153,9 +153,8 @@ class LoadShare:
             if engine is None:
                 continue
             self._reports[key] = now_s
-            engine.load.running = int(_number(load, "running"))
-            engine.load.waiting = int(_number(load, "waiting"))
-            engine.load.kv_usage = _number(load, "kv_usage")
+            running, waiting = int(_number(load, "running")), int(_number(load, "waiting"))
+            engine.load.hear(running, waiting, _number(load, "kv_usage"))
             if engine.load.waiting > self._settings.engine_waiting_max:
                 self._registry.engine_full(engine)
 
@@ -166,7 +165,7 @@ class LoadShare:
             del self._reports[key]
             engine = self._registry.engine(key)
             if engine is not None:
-                engine.load.running, engine.load.waiting, engine.load.kv_usage = 0, 0, 0.0
+                engine.load.hear(0, 0, 0.0)
 
     async def leave(self) -> None:
         """Take this worker's entry out, at the end."""

@@ -2,7 +2,6 @@
 
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,7 +23,7 @@ def turn(**changes: Any) -> UsageRecord:
         engine_id="e", stream=True, outcome="finished", status=200, prompt_tokens=10, cached_tokens=4,
         completion_tokens=5, estimated=False, ttft_ms=12, duration_ms=80, amount_nano=100, price_ref="m@start",
     )  # fmt: skip
-    return replace(record, **changes)
+    return record._replace(**changes)
 
 
 async def open_accounts(pool: asyncpg.Pool, count: int, *, balance_nano: int) -> None:

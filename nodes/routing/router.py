@@ -31,7 +31,7 @@ HOME_SHARES = (0.5, 0.1)
 takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
 for long; too little to make anybody wait."""
 
-ROOM_TURNS = 2
+ROOM_TURNS = 1
 """How many such prompts more the second home must have room for to be the first: workers see a little late what others do,
 and full caches differ by a little."""
 
@@ -75,7 +75,10 @@ def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: 
 
     The estimate of the context may be wrong, so it only orders: an engine that is too small says so itself, exactly.
     """
-    group = _group_of(snapshot, need)
+    return _least_loaded(_group_of(snapshot, need), need, sample, turns_max, rng)
+
+
+def _least_loaded(group: Group, need: Need, sample: int, turns_max: int, rng: random.Random) -> Engine:
     roomy = group.roomy(need.context)
     if roomy > sample and not need.tried:
         best = least_of_a_few(group.fit, roomy, sample, turns_max, rng)
@@ -97,13 +100,10 @@ class Router:
     def route(self, snapshot: Snapshot, need: Need) -> Engine:
         """The engine for a turn, which is taken to get it. Raises NoEngine."""
         policy = self.policy
+        group = _group_of(snapshot, need)
         is_short = not policy.has_affinity or len(need.body) < BLOCK_BYTES
-        if need.wishes is NO_WISHES:
-            group = snapshot.groups.get((need.model, need.kind, need.account_id))
-            if is_short or group is None or len(group.fit) < 2:
-                return choose(snapshot, need, sample=policy.sample, turns_max=policy.turns_max, rng=self._rng)
-        else:
-            group = _group_of(snapshot, need)
+        if need.wishes is NO_WISHES and (is_short or len(group.fit) < 2):
+            return _least_loaded(group, need, policy.sample, policy.turns_max, self._rng)
         hashes = [] if is_short else hashes_of(need)
         engine = None
         if hashes and need.wishes is NO_WISHES and not need.tried and not policy.reputation_tokens:

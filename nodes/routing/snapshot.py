@@ -65,16 +65,19 @@ class Load:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    strangers_tokens: int = 0  # of turns inside it that are no worker's, when it last told
     cap: int = UNCAPPED  # turns of ours that it takes, as far as it told by refusing one more
+
+    def hear(self, running: int, waiting: int, kv_usage: float) -> None:
+        """What it says of itself now. Turns that no worker sent it are worth a common answer each."""
+        self.running, self.waiting, self.kv_usage = running, waiting, kv_usage
+        strangers = running + waiting - self.turns - self.others_turns
+        self.strangers_tokens = max(0, strangers) * TOKENS_PER_WAITING_TURN
 
     @property
     def in_tokens(self) -> float:
-        """One number: tokens in flight from this gateway, plus turns of others' inside it, plus a full KV cache's weight."""
-        foreign = self.running + self.waiting - self.turns - self.others_turns
-        known = self.tokens + self.others_tokens
-        if foreign > 0:
-            known += foreign * TOKENS_PER_WAITING_TURN
-        return known * (1.0 + self.kv_usage)
+        """One number: tokens in flight from this gateway, those of strangers' turns, and a full KV cache's weight."""
+        return (self.tokens + self.others_tokens + self.strangers_tokens) * (1.0 + self.kv_usage)
 
 
 @dataclass(slots=True, eq=False)

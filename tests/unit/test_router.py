@@ -26,13 +26,17 @@ def engine(
     context: int = 0,
     account: int = 1,
     is_open: bool = False,
+    says: tuple[int, int, float] = (0, 0, 0.0),
     **load: Any,
 ) -> Engine:
-    return Engine(
+    """`says`: turns that run in it and wait there, and its cache's usage, as it told once the rest was so."""
+    made = Engine(
         key=name, node_id=name, engine_id="e0", account_id=account, host="127.0.0.1", port=1,
         models={model: Model(model, context, kind) for model in models},
         breaker=Breaker(SETTINGS, is_open=is_open), load=Load(**load),
     )  # fmt: skip
+    made.load.hear(*says)
+    return made
 
 
 def need(**of: Any) -> Need:
@@ -54,14 +58,14 @@ def test_the_least_loaded_gets_the_turn():
     [
         ({"tokens": 1000}, {"tokens": 999}),
         ({"others_tokens": 1000}, {"tokens": 999}),
-        ({"running": 3}, {"running": 2}),
-        ({"waiting": 3}, {"running": 2}),
-        ({"tokens": 100, "kv_usage": 0.9}, {"tokens": 100, "kv_usage": 0.1}),
+        ({"says": (3, 0, 0.0)}, {"says": (2, 0, 0.0)}),
+        ({"says": (0, 3, 0.0)}, {"says": (2, 0, 0.0)}),
+        ({"tokens": 100, "says": (0, 0, 0.9)}, {"tokens": 100, "says": (0, 0, 0.1)}),
         # Its report counts the turns that we sent it ourselves: they are not counted twice.
-        ({"tokens": 600}, {"tokens": 500, "turns": 4, "running": 4}),
-        ({"tokens": 600}, {"others_tokens": 500, "others_turns": 4, "running": 4}),
+        ({"tokens": 600}, {"tokens": 500, "turns": 4, "says": (4, 0, 0.0)}),
+        ({"tokens": 600}, {"others_tokens": 500, "others_turns": 4, "says": (4, 0, 0.0)}),
         # Turns that a stranger put on it are worth a common answer each.
-        ({"tokens": 500, "turns": 1, "running": 5}, {"tokens": 1500, "turns": 1, "running": 1}),
+        ({"tokens": 500, "turns": 1, "says": (2, 3, 0.0)}, {"tokens": 1500, "turns": 1, "says": (1, 0, 0.0)}),
     ],
 )
 def test_load_is_ours_and_others_and_what_the_engine_says(more, less):
@@ -70,7 +74,14 @@ def test_load_is_ours_and_others_and_what_the_engine_says(more, less):
 
 
 def test_a_stale_low_report_never_makes_load_negative():
-    assert Load(turns=5, tokens=100, running=0).in_tokens == 100
+    assert engine(turns=5, tokens=100, says=(0, 0, 0.0)).load.in_tokens == 100
+
+
+def test_our_turns_that_end_after_a_report_are_no_strangers_in_it():
+    busy = engine(turns=5, tokens=100, says=(5, 0, 0.0))
+    for _ in range(5):
+        busy.ended(20)
+    assert busy.load.in_tokens == 0
 
 
 def test_equal_engines_share_turns_evenly():
