@@ -112,6 +112,8 @@ class Prefixes:
         self._entries_max = entries_max
         self._entries = 0
         self._holders: dict[int, list[Engine]] = {}
+        # By a prompt's `home_hash`, the oldest first: an engine, and which life of it.
+        self._last: OrderedDict[int, tuple[Engine, int]] = OrderedDict()
         # Newest last: prompts that went where not even the first half of them was held. For the other workers.
         self.news: deque[tuple[Engine, Sequence[int], int]] = deque(maxlen=NEWS_MAX)
 
@@ -127,6 +129,11 @@ class Prefixes:
                 return depth, found
         return 0, ()
 
+    def last(self, hashes: Sequence[int]) -> "Engine | None":
+        """Where a prompt that begins so was sent last, unless that was started anew since. It may hold some of it yet."""
+        found = self._last.get(home_hash(hashes))
+        return found[0] if found is not None and found[0].incarnation == found[1] else None
+
     def note(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
         """A prompt with these beginnings, of so many tokens, goes to that engine now."""
         if home_hash(hashes) not in engine.held.entries:
@@ -138,6 +145,7 @@ class Prefixes:
 
         The longest is touched first: of one prompt's blocks vLLM too gives up the last ones first.
         """
+        self._remember(home_hash(hashes), engine)
         held = engine.held
         entries = held.entries
         last = len(hashes) - 1
@@ -154,6 +162,12 @@ class Prefixes:
             if not entries:
                 break
             self._drop(engine, *entries.popitem(last=False))
+
+    def _remember(self, home: int, engine: "Engine") -> None:
+        self._last[home] = engine, engine.incarnation
+        self._last.move_to_end(home)
+        if len(self._last) > self._entries_max:
+            self._last.popitem(last=False)
 
     def _add(self, engine: "Engine", value: int, weight: int) -> None:
         engine.held.entries[value] = weight

@@ -31,6 +31,10 @@ HOME_SHARES = (0.5, 0.1)
 takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
 for long; too little to make anybody wait."""
 
+LAST_SHARE = 0.9
+"""What the engine that a prompt was sent to last is worth to it, where it is not known to hold it: of prompts that are more
+than caches hold, those that move displace others, and find nothing."""
+
 ROOM_TURNS = 1
 """How many such prompts more the second home must have room for to be the first: workers see a little late what others do,
 and full caches differ by a little."""
@@ -127,11 +131,14 @@ class Router:
         placed, unit = group.placed, group.unit
         best, least = None, INFINITE
         prompt_tokens = tokens_of(len(hashes))
-        homes = homes_of(group, hashes, holders)
+        last = self._prefixes.last(hashes)
+        homes = homes_of(group, hashes, holders, last)
         shares = iter(HOME_SHARES)
         for engine in homes:
             if self._may_draw(engine, group, need):
                 share = next(shares)
+                if engine is last:
+                    share = LAST_SHARE
                 cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
                 if engine in holders:
                     cost -= spared
@@ -211,15 +218,15 @@ class Router:
             for engine in holders:
                 if group.has(engine):
                     ties.matched[engine] = tokens
-            homes = [
-                engine for engine in homes_of(group, hashes, holders) if self._may_draw(engine, group, need)
-            ]
-            for share, engine in zip(HOME_SHARES, homes, strict=False):
-                ties.hinted[engine] = int(share * prompt_tokens)
+            last, shares = self._prefixes.last(hashes), iter(HOME_SHARES)
+            for engine in homes_of(group, hashes, holders, last):
+                if self._may_draw(engine, group, need):
+                    share = next(shares)
+                    ties.hinted[engine] = int((LAST_SHARE if engine is last else share) * prompt_tokens)
         if need.wishes.session:
-            last = self._sessions.get((need.client, need.wishes.session))
-            if last is not None and group.has(last):
-                ties.hinted[last] = max(need.tokens, SESSION_TOKENS_MIN)
+            own = self._sessions.get((need.client, need.wishes.session))
+            if own is not None and group.has(own):
+                ties.hinted[own] = max(need.tokens, SESSION_TOKENS_MIN)
         return ties
 
     def _remember(self, need: Need, engine: Engine) -> None:
@@ -230,16 +237,24 @@ class Router:
             sessions.popitem(last=False)
 
 
-def homes_of(group: Group, hashes: Sequence[int], holders: Sequence[Engine]) -> Sequence[Engine]:
-    """The homes of a prompt, the better one first: what holds it already, or has more room for it in its cache. So caches
-    fill evenly, and nobody's prompts are given up for it while there is room elsewhere."""
+def homes_of(
+    group: Group, hashes: Sequence[int], holders: Sequence[Engine], last: Engine | None
+) -> Sequence[Engine]:
+    """The homes of a prompt, the better one first: what holds it already or has more room for it in its cache, else where it
+    was `last`. So caches fill evenly, nobody's prompts are given up for it while there is room elsewhere, and those that are
+    more than fit stay where some of them are found again.
+    """
     homes = group.ring.homes(home_hash(hashes))
-    if len(homes) < 2 or homes[0] in holders:
+    if len(homes) < 2:
         return homes
     first, second = homes
+    if last is not None and last is not first and group.has(last):
+        first, second = last, first
+    if first in holders:
+        return first, second
     if second in holders or second.held.room - first.held.room > ROOM_TURNS * tokens_of(len(hashes)):
         return second, first
-    return homes
+    return first, second
 
 
 def hashes_of(need: Need) -> list[int]:

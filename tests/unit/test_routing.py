@@ -91,6 +91,41 @@ def test_a_prompt_stays_at_its_second_home_when_the_first_has_room_again():
     assert of.route(snapshot, need(SYSTEM[0])) is second
 
 
+def test_a_prompt_that_was_given_up_stays_where_it_was_while_all_caches_are_full():
+    """More prompts than caches hold: those that move displace others, and find nothing."""
+    engines = [engine(str(number)) for number in range(2)]
+    for one in engines:
+        one.held.tokens_max = 10_500
+    snapshot, of = Snapshot.of(engines, 1), router()
+    first = {system: of.route(snapshot, need(system)) for system in SYSTEM}
+    for _ in range(3):
+        for system in SYSTEM:
+            assert of._prefixes.match(hashes_of(need(system)))[0] == 0, (
+                "64 of them are three times what is held"
+            )
+            assert of.route(snapshot, need(system)) is first[system]
+
+
+def test_what_an_engine_was_sent_before_it_was_started_anew_draws_nothing_there():
+    one = engine("a")
+    of = router()
+    of.route(Snapshot.of([one, engine("b")], 1), need(SYSTEM[0]))
+    hashes = hashes_of(need(SYSTEM[0]))
+    holder = of._prefixes.last(hashes)
+    assert holder is not None
+    of._prefixes.forget(holder)
+    holder.incarnation += 1
+    assert of._prefixes.last(hashes) is None
+
+
+def test_where_prompts_were_is_remembered_within_a_bound():
+    of = Prefixes(50)
+    one = engine("a")
+    for system in SYSTEM:
+        of.note(one, hashes_of(need(system)), 1000)
+    assert len(of._last) == 50
+
+
 @pytest.mark.parametrize("state", ["full", "open", "tried", "other provider", "small"])
 def test_affinity_never_overrides_a_filter(state):
     engines = [engine(str(number), context=8192) for number in range(4)]
