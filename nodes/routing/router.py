@@ -7,7 +7,7 @@ at random. The cost is the same for 10 and for 10,000 engines.
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nodes.routing.filters import NO_WISHES, Wishes, meets
@@ -136,9 +136,7 @@ class Router:
         shares = iter(HOME_SHARES)
         for engine in homes:
             if self._may_draw(engine, group, need):
-                share = next(shares)
-                if engine is last:
-                    share = LAST_SHARE
+                share = _worth(engine, last, shares)
                 cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
                 if engine in holders:
                     cost -= spared
@@ -221,8 +219,7 @@ class Router:
             last, shares = self._prefixes.last(hashes), iter(HOME_SHARES)
             for engine in homes_of(group, hashes, holders, last):
                 if self._may_draw(engine, group, need):
-                    share = next(shares)
-                    ties.hinted[engine] = int((LAST_SHARE if engine is last else share) * prompt_tokens)
+                    ties.hinted[engine] = int(_worth(engine, last, shares) * prompt_tokens)
         if need.wishes.session:
             own = self._sessions.get((need.client, need.wishes.session))
             if own is not None and group.has(own):
@@ -255,6 +252,12 @@ def homes_of(
     if second in holders or second.held.room - first.held.room > ROOM_TURNS * tokens_of(len(hashes)):
         return second, first
     return first, second
+
+
+def _worth(engine: Engine, last: Engine | None, shares: Iterator[float]) -> float:
+    """What a home is worth to a prompt, as a share of it; the next of `shares` unless the prompt was there last."""
+    share = next(shares)
+    return LAST_SHARE if engine is last else share
 
 
 def hashes_of(need: Need) -> list[int]:
