@@ -26,7 +26,9 @@ is done: with poolgate, when its usage is in PostgreSQL. What a gateway does wit
 how much that is. **poolgate** has everything on, as shipped: a key with six limits and two budgets, holds, a choice
 among ten nodes, settlement, journal (fsync every 50 ms), shipping to PostgreSQL, metrics, one log line a turn to a
 file. **Billing off** is a worker without holds, limits, budgets, journal and settlement, which no setting of the
-product gives (bench/unbilled.py). PostgreSQL's and Valkey's CPU is in rows of its own, and not in poolgate's."""
+product gives (bench/unbilled.py). **Bare uvloop** hands each client's bytes to an engine and back and parses nothing
+(bench/bare.py): what any gateway on this event loop costs at least. PostgreSQL's and Valkey's CPU is in rows of its
+own, and not in poolgate's."""
 
 
 def measure(asked: Asked) -> list[Sample]:
