@@ -24,6 +24,9 @@ COPIED = (
     "etc/ssl/certs/ca-certificates.crt",
     "etc/apt/sources.list.d",
 )
+CERTIFICATES = "etc/trusted-by-pip.crt"
+"""What pip trusts on this machine, under a name of its own there: Debian writes its bundle anew as packages come."""
+
 PASSED = re.compile(r"(pip_|https?_proxy$|no_proxy$)", re.IGNORECASE)
 
 
@@ -47,6 +50,8 @@ def make_chroot(folder: Path) -> None:
         if Path("/", name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["cp", "-aLT", f"/{name}", folder / name], check=True)
+    if trusted := pip_environment().get("PIP_CERT"):
+        subprocess.run(["cp", "-L", trusted, folder / CERTIFICATES], check=True)
 
 
 def pip_environment() -> dict[str, str]:
@@ -80,6 +85,8 @@ def running_in(folder: Path, script: str, log: Path) -> Iterator["subprocess.Pop
         make = "mkdir -p" if Path(path).is_dir() else "install -D /dev/null"
         mounts.append(f"{make} {place} && mount --bind {shlex.quote(path)} {place}")
     inside = ["env", "-i", "HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "NO_PROXY=127.0.0.1"]
+    if "PIP_CERT" in environment:
+        environment["PIP_CERT"] = f"/{CERTIFICATES}"
     inside += [f"{name}={value}" for name, value in environment.items()]
     commands = [f"cd {shlex.quote(str(folder))}", *mounts]
     commands.append(f"exec chroot . {shlex.join([*inside, 'bash', '-c', script])}")
