@@ -3,7 +3,6 @@
 What a turn needs is said here in the router's words; asking the engine is `gateway.dispatch`.
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -90,10 +89,7 @@ class Placement:
         return explain(self._registry.snapshot, need, self.router, shown_max=shown_max)
 
     def _route(self, need: Need) -> Engine:
-        engine, hashes = self.router.chosen(self._registry.snapshot, need)
-        if hashes:  # in a tick of its own: the turn is on its way before
-            asyncio.get_running_loop().call_soon(self.router.note, engine, need, hashes)
-        return engine
+        return self.router.route(self._registry.snapshot, need)
 
 
 def is_full(fault: EngineFault) -> bool:

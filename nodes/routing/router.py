@@ -103,17 +103,11 @@ class Router:
 
     def route(self, snapshot: Snapshot, need: Need) -> Engine:
         """The engine for a turn, which is taken to get it. Raises NoEngine."""
-        engine, hashes = self.chosen(snapshot, need)
-        self.note(engine, need, hashes)
-        return engine
-
-    def chosen(self, snapshot: Snapshot, need: Need) -> tuple[Engine, Sequence[int]]:
-        """The engine, and the beginnings to `note` when the turn is on its way there: that need not delay it."""
         policy = self.policy
         group = _group_of(snapshot, need)
         is_short = not policy.has_affinity or len(need.body) < BLOCK_BYTES
         if need.wishes is NO_WISHES and (is_short or len(group.fit) < 2):
-            return _least_loaded(group, need, policy.sample, policy.turns_max, self._rng), ()
+            return _least_loaded(group, need, policy.sample, policy.turns_max, self._rng)
         hashes = [] if is_short else hashes_of(need)
         engine = None
         if hashes and need.wishes is NO_WISHES and not need.tried and not policy.reputation_tokens:
@@ -121,14 +115,11 @@ class Router:
         if engine is None:
             engine = self._best(group, need, self.ties_of(group, need, hashes))
         group.place(engine)
-        if need.wishes.session:
-            self._remember(need, engine)
-        return engine, hashes
-
-    def note(self, engine: Engine, need: Need, hashes: Sequence[int]) -> None:
-        """That engine's cache holds the turn's prompt from now on."""
         if hashes:
             self._prefixes.note(engine, hashes, len(need.body) // BYTES_PER_TOKEN)
+        if need.wishes.session:
+            self._remember(need, engine)
+        return engine
 
     def _least_work(self, group: Group, need: Need, hashes: Sequence[int]) -> Engine | None:
         """The usual case of `_best`, for a turn without wishes: in one go, and with a sample of two. None where one drawn is
