@@ -262,7 +262,7 @@ def _rust(peer: PythonPeer, version: str) -> str:
 def main() -> int:
     """Install all of them (`make bench-peers`)."""
     for peer in PEERS:
-        print(f"{' '.join((peer.name, PINS.get(peer.name, ''))).strip()}: {peer.about}", flush=True)
+        print(f"{peer.name}: {peer.about}", flush=True)
         try:
             found = peer.check()
         except NotInstalled:

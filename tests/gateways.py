@@ -96,9 +96,11 @@ async def _session() -> AsyncIterator[aiohttp.ClientSession]:
     trace.on_request_end.append(note)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, trace_configs=[trace]) as http:
-        yield http
-        for answer in answers:
-            answer.close()
+        try:
+            yield http
+        finally:
+            for answer in answers:
+                answer.close()
 
 
 @asynccontextmanager
