@@ -68,7 +68,7 @@ bench-peers: install-test ## install what poolgate is measured beside into .benc
 	@exec $(py) -m bench.peers
 
 clean: ## remove caches and build products (keeps $(VENV) and data)
-	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .compiled build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find gateway nodes billing config tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the virtual environment -------------------------------------------------------------------------------------
@@ -96,9 +96,11 @@ $(py) -m pip install --quiet -e '$(3)' && printf '%s\n' "$$want" > "$(VENV)/$(2)
 endef
 
 install: venv
-	$(call pip-install,.installed-test .installed,.installed,.)
+	$(call pip-install,.installed-test .installed,.installed,.[compile])
+	@$(py) -m config.compiling
 
 install-test: venv
-	$(call pip-install,.installed-test,.installed-test,.[test$(comma)bench])
+	$(call pip-install,.installed-test,.installed-test,.[compile$(comma)test$(comma)bench])
+	@$(py) -m config.compiling
 
 comma := ,

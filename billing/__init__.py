@@ -7,3 +7,7 @@ dies, `recovery` ships what it left. README.md beside this file follows a nano f
 
 Nothing here knows of HTTP, nodes or the text of a turn.
 """
+
+from config import compiled
+
+compiled.use()

@@ -44,7 +44,7 @@ IDLE_S = 1.0
 """How often an idle journal looks after its segments."""
 
 
-class JournalFull(RuntimeError):
+class JournalFull(Exception):
     """There is no room for one more record, which is lost unless its caller keeps it: look at `is_full` before a turn."""
 
 

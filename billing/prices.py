@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import config
 from billing.money import parse_amount
 
 TOKENS_PER_PRICE = 10**6
@@ -23,7 +24,7 @@ ONLINE_PERCENT = 100
 
 PERCENT_TOKENS = ONLINE_PERCENT * TOKENS_PER_PRICE
 
-PACKAGED = Path(__file__).resolve().parent.parent / "config" / "pricebook.toml"
+PACKAGED = Path(config.__file__).resolve().parent / "pricebook.toml"
 
 DEFAULT = "default"
 PRICES = ("prompt", "cached_prompt", "completion")

@@ -11,4 +11,8 @@ takes connections from its socket and leaves none on it.
 
 from importlib.metadata import version
 
+from config import compiled
+
+compiled.use()
+
 VERSION = version("poolgate")

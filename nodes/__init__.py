@@ -5,3 +5,7 @@
 addresses may be called, `tunnel` what flows where there are none. `agent` is the program on a GPU host; it
 ships alone and speaks `protocol`. Nothing here knows of money.
 """
+
+from config import compiled
+
+compiled.use()

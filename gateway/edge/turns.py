@@ -77,9 +77,7 @@ class EdgeTurns:
 class EdgeTurn(HttpDownstream):
     """One request of a connection, and its answer's way. `begin` it; `connection.answered` is told when that is done."""
 
-    __slots__ = ("_flight", "_head", "_task", "_turn", "_turns", "request_id")
-
-    _connection: Connection
+    __slots__ = ("_edge", "_flight", "_head", "_task", "_turn", "_turns", "request_id")
 
     def __init__(self, turns: EdgeTurns, connection: Connection, head: Head) -> None:
         super().__init__(
@@ -87,6 +85,7 @@ class EdgeTurn(HttpDownstream):
             stall_s=turns.stall_s, own_lines=head.own_lines,
         )  # fmt: skip
         self._turns = turns
+        self._edge: Connection = connection
         self._head = head
         self._flight: Flight | None = None
         self._task: asyncio.Task[None] | None = None
@@ -143,7 +142,7 @@ class EdgeTurn(HttpDownstream):
         """The flight is over: by an answer, or to go on from its error."""
         self._flight = None
         if flight.error is None:
-            self._connection.answered(self, keep_alive=self.keep_alive)
+            self._edge.answered(self, keep_alive=self.keep_alive)
         else:
             self._go_on(self._turns.lifecycle.carry, flight.turn, self, flight, self._landed)
 
@@ -170,7 +169,7 @@ class EdgeTurn(HttpDownstream):
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             self._crash(error)
             return
-        self._connection.answered(self, keep_alive=keep_alive)
+        self._edge.answered(self, keep_alive=keep_alive)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         """A task that was cancelled before it began has settled nothing."""
@@ -202,16 +201,16 @@ class EdgeTurn(HttpDownstream):
 
     def _refuse(self, error: ApiError) -> None:
         if isinstance(error, InvalidApiKey):
-            self._connection.key_refused(self._head)
+            self._edge.key_refused(self._head)
         status, headers, body = refusal(error, "openai", self.request_id, self._turns.metrics)
         self.answer(status, headers, body)
-        self._connection.answered(self, keep_alive=self.keep_alive)
+        self._edge.answered(self, keep_alive=self.keep_alive)
 
     def _crash(self, error: Exception) -> None:
         """A fault of ours, in the log with its cause and told without."""
         if self.is_started:
             log_crash(self.request_id, error)
-            self._connection.answered(self, keep_alive=False)
+            self._edge.answered(self, keep_alive=False)
             return
         path = self._head.target.decode("ascii")
         extra = {"action": "request_crashed", "request_id": self.request_id, "path": path}

@@ -1,0 +1,109 @@
+"""Hot modules as machine code: mypyc makes it of the same files, and it is used where it is there and fresh.
+
+`config.compiling` makes it, which takes a C compiler and two minutes; without it every module is interpreted and does the
+same, a turn for a third more. What was made stands in `.compiled` beside the packages, with a digest of the sources that it
+was made of: when one of them has changed, it is not used. `POOLGATE_COMPILED=0` leaves it alone as well.
+"""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+MODULES = (
+    "billing.holds",
+    "billing.journal",
+    "billing.lease",
+    "billing.lease_account",
+    "billing.leases",
+    "billing.limits.headers",
+    "billing.limits.limiter",
+    "billing.prices",
+    "billing.records",
+    "config.clock",
+    "config.ids",
+    "gateway.admission",
+    "gateway.api.openai.chat",
+    "gateway.api.openai.decode",
+    "gateway.dispatch",
+    "gateway.edge.connection",
+    "gateway.edge.head",
+    "gateway.edge.turns",
+    "gateway.flight",
+    "gateway.lifecycle",
+    "gateway.placement",
+    "gateway.records",
+    "gateway.relay.downstream",
+    "gateway.relay.events",
+    "gateway.relay.tap_openai",
+    "gateway.relay.upstream",
+    "gateway.relay.upstreams",
+    "gateway.tally",
+    "gateway.turn",
+    "nodes.breaker",
+    "nodes.routing.filters",
+    "nodes.routing.homes",
+    "nodes.routing.picker",
+    "nodes.routing.prefixes",
+    "nodes.routing.router",
+    "nodes.routing.scorers",
+    "nodes.routing.snapshot",
+)
+"""Those that every turn passes through. One that is compiled can't be patched from outside, nor its classes be subclassed."""
+
+SWITCH = "POOLGATE_COMPILED"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".compiled"
+LIBRARY = "poolgate__mypyc"
+"""All of the code; a module is a file beside it that shows its part."""
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+STAMP = "made-of"
+
+
+def digest(root: Path = ROOT) -> str:
+    """Of the sources, this file's list among them, and of the interpreter that they are compiled for."""
+    mark = hashlib.sha256(f"{SUFFIX} {sys.version}".encode())
+    for name in (__name__, *MODULES):
+        mark.update((root / path_of(name, ".py")).read_bytes())
+    return mark.hexdigest()
+
+
+def is_fresh(folder: Path = FOLDER) -> bool:
+    """Whether `folder` has what these sources make."""
+    try:
+        return (folder / STAMP).read_text() == digest()
+    except OSError:
+        return False
+
+
+class CompiledFinder:
+    """Finds these modules' machine code before their sources are looked for."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != LIBRARY and name not in MODULES:
+            return None
+        return importlib.util.spec_from_file_location(name, FOLDER / path_of(name, SUFFIX))
+
+
+def use() -> None:
+    """Have these modules imported as machine code from now on, if there is any; each package asks for it when it is imported."""
+    if CompiledFinder not in sys.meta_path and os.environ.get(SWITCH) != "0" and is_fresh():
+        sys.meta_path.insert(0, CompiledFinder)
+
+
+def is_used() -> bool:
+    """Whether this process imports them as machine code."""
+    return CompiledFinder in sys.meta_path
+
+
+def path_of(name: str, suffix: str) -> str:
+    return name.replace(".", "/") + suffix
