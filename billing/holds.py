@@ -87,7 +87,7 @@ class UnpricedMedia(ValueError):
         )
 
 
-@dataclass(slots=True)  # not frozen: one is made for each turn, and that would take it five times as long
+@dataclass(slots=True, init=False)
 class Bound:
     """What a turn can use at most, in tokens."""
 
@@ -99,6 +99,18 @@ class Bound:
     )
     has_media: bool
     usual_prompt_tokens: int  # a likely number, no bound
+
+    # Written out, because a generated one is not compiled, and one is made for each turn.
+    def __init__(
+        self, prompt_tokens: int, output_tokens: int, choices: int, is_limited: bool, has_media: bool,
+        usual_prompt_tokens: int,
+    ) -> None:  # fmt: skip
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.choices = choices
+        self.is_limited = is_limited
+        self.has_media = has_media
+        self.usual_prompt_tokens = usual_prompt_tokens
 
     @property
     def completion_tokens(self) -> int:

@@ -76,7 +76,7 @@ def readable(payload: bytes) -> tuple[str, str]:
 
 
 def _dump(record: UsageRecord) -> bytes:
-    return orjson.dumps((VERSION, *record))
+    return orjson.dumps((VERSION,) + record)  # noqa: RUF005 - compiled, it takes a tenth of the time
 
 
 def _clipped(record: UsageRecord) -> UsageRecord:

@@ -23,6 +23,9 @@ MODULES = (
     "billing.leases",
     "billing.limits.headers",
     "billing.limits.limiter",
+    "billing.limits.local",
+    "billing.limits.rules",
+    "billing.limits.standing",
     "billing.prices",
     "billing.records",
     "config.clock",
@@ -32,9 +35,12 @@ MODULES = (
     "gateway.api.openai.decode",
     "gateway.dispatch",
     "gateway.edge.connection",
+    "gateway.edge.door",
     "gateway.edge.head",
     "gateway.edge.turns",
     "gateway.flight",
+    "gateway.hints",
+    "gateway.identity.keyring",
     "gateway.lifecycle",
     "gateway.placement",
     "gateway.records",
@@ -54,7 +60,7 @@ MODULES = (
     "nodes.routing.scorers",
     "nodes.routing.snapshot",
 )
-"""Those that every turn passes through. One that is compiled can't be patched from outside, nor its classes be subclassed."""
+"""Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed."""
 
 SWITCH = "POOLGATE_COMPILED"
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +101,7 @@ class CompiledFinder:
 
 
 def use() -> None:
-    """Have these modules imported as machine code from now on, if there is any; each package asks for it when it is imported."""
+    """Import these modules as machine code from now on, if there is any; each package asks for it when it is imported."""
     if CompiledFinder not in sys.meta_path and os.environ.get(SWITCH) != "0" and is_fresh():
         sys.meta_path.insert(0, CompiledFinder)
 

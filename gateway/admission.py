@@ -24,7 +24,6 @@ from billing.limits.headers import Told
 from billing.prices import Price, PriceBook
 from config.clock import Clock
 from config.defaults import Settings
-from config.ids import uuid_of
 from gateway import errors
 from gateway.errors import (
     ApiError,
@@ -42,8 +41,6 @@ from gateway.turn import Ask, Turn
 from nodes.registry import Registry
 from nodes.routing.router import Need, NoEngine, choose
 from nodes.routing.snapshot import Engine, Group
-
-REQUEST_ID_PREFIX = len("req_")
 
 CLAMPED = "x-poolgate-max-tokens"
 """Header that tells the token limit which a request without one got, because its wallet buys no more."""
@@ -249,5 +246,4 @@ def _turn(
     ask: Ask, principal: Principal, request_id: str, price: Price, bound: Bound, hold: Hold, quota: Quota, now: float,
     told: Told,
 ) -> Turn:  # fmt: skip
-    turn_id = uuid_of(request_id[REQUEST_ID_PREFIX:])
-    return Turn(turn_id, request_id, principal, ask, ask.body["model"], price, bound, hold, quota, now, told)
+    return Turn(request_id, principal, ask, ask.body["model"], price, bound, hold, quota, now, told)

@@ -6,7 +6,7 @@ Holds what is known of it so far and nothing that acts; `gateway.lifecycle` move
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from billing.holds import Bound
@@ -15,6 +15,7 @@ from billing.limits import Admission as Quota
 from billing.limits.headers import Told
 from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
+from config.ids import hex7, uuid_of
 from gateway.hints import Hints
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
@@ -37,7 +38,16 @@ CLIENT_CLOSED = 499
 """Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
 
-@dataclass(slots=True)
+ID_PREFIX = "req_"
+"""How the id of a request begins; a turn's is the number behind it."""
+
+
+def new_request_id() -> str:
+    """Sorts by time, unique over all processes."""
+    return ID_PREFIX + hex7()
+
+
+@dataclass(slots=True, init=False)
 class Ask:
     """What a surface asks of the lifecycle: a validated body, and how its answer is to be read and given.
 
@@ -45,7 +55,7 @@ class Ask:
     the engine streams but the client gets one answer, which `render` makes (/v1/complete). `body_bytes`: `text_bytes` of the
     request's JSON. `limit_field`: where the body names its token limit, if it does. `price_percent`: what it costs, of the
     price online (a batch's turns cost less). `hints`: what its headers ask of the node. Nothing of it changes but `body`; it
-    and `tap` go when a stream has begun. (Frozen, it takes thrice as long to make.)
+    and `tap` go when a stream has begun.
     """
 
     route: str
@@ -54,17 +64,39 @@ class Ask:
     body: dict[str, Any]
     body_bytes: int
     is_stream: bool
-    limit_field: str | None = None
-    tap: Callable[[], Tap] | None = None
-    gathers: bool = False
-    render: Callable[["Turn", Tap, int], bytes] | None = None
-    provider_id: int | None = None
-    time_limit_s: float | None = None
-    price_percent: int = ONLINE_PERCENT
-    hints: Hints | None = None
+    limit_field: str | None
+    tap: Callable[[], Tap] | None
+    gathers: bool
+    render: Callable[["Turn", Tap, int], bytes] | None
+    provider_id: int | None
+    time_limit_s: float | None
+    price_percent: int
+    hints: Hints | None
+
+    # Written out, here and in Turn: a generated one is not compiled (config.compiled), and takes eight times as long.
+    def __init__(
+        self, route: str, engine_path: str, kind: Literal["generate", "pooling"], body: dict[str, Any], body_bytes: int,
+        is_stream: bool, *, limit_field: str | None = None, tap: Callable[[], Tap] | None = None, gathers: bool = False,
+        render: Callable[["Turn", Tap, int], bytes] | None = None, provider_id: int | None = None,
+        time_limit_s: float | None = None, price_percent: int = ONLINE_PERCENT, hints: Hints | None = None,
+    ) -> None:  # fmt: skip
+        self.route = route
+        self.engine_path = engine_path
+        self.kind = kind
+        self.body = body
+        self.body_bytes = body_bytes
+        self.is_stream = is_stream
+        self.limit_field = limit_field
+        self.tap = tap
+        self.gathers = gathers
+        self.render = render
+        self.provider_id = provider_id
+        self.time_limit_s = time_limit_s
+        self.price_percent = price_percent
+        self.hints = hints
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Turn:
     """One request in flight. `tokens` are those to be charged: what was written to the client, not what was produced.
 
@@ -83,22 +115,54 @@ class Turn:
     quota: Quota
     started_at: float
     told: Told
-    started_s: float = field(default_factory=time.monotonic)
-    engine: Engine | None = None
-    tokens: Tokens = field(default_factory=lambda: NO_TOKENS)
-    sent: bytes = b""
-    load_tokens: int = 0
-    faults: tuple[tuple[Engine, EngineFault], ...] = ()
-    outcome: Outcome = "refused"
-    status: int = 0
-    first_event_s: float | None = None
-    amount_nano: int = 0
-    loss_nano: int = 0
-    idempotency_key: str | None = None
-    overrun_tokens: int = 0
-    is_overcounted: bool = False
-    is_settled: bool = False
-    was_next: bool = False  # it waited, and got an engine
+    started_s: float
+    engine: Engine | None
+    tokens: Tokens
+    sent: bytes
+    load_tokens: int
+    faults: tuple[tuple[Engine, EngineFault], ...]
+    outcome: Outcome
+    status: int
+    first_event_s: float | None
+    amount_nano: int
+    loss_nano: int
+    idempotency_key: str | None
+    overrun_tokens: int
+    is_overcounted: bool
+    is_settled: bool
+    was_next: bool  # it waited, and got an engine
+
+    def __init__(
+        self, request_id: str, principal: Principal, ask: Ask, model: str, price: Price, bound: Bound, hold: Hold,
+        quota: Quota, started_at: float, told: Told,
+    ) -> None:  # fmt: skip
+        self.id = uuid_of(request_id[len(ID_PREFIX) :])
+        self.request_id = request_id
+        self.principal = principal
+        self.ask = ask
+        self.model = model
+        self.price = price
+        self.bound = bound
+        self.hold = hold
+        self.quota = quota
+        self.started_at = started_at
+        self.told = told
+        self.started_s = time.monotonic()
+        self.engine = None
+        self.tokens = NO_TOKENS
+        self.sent = b""
+        self.load_tokens = 0
+        self.faults = ()
+        self.outcome = "refused"
+        self.status = 0
+        self.first_event_s = None
+        self.amount_nano = 0
+        self.loss_nano = 0
+        self.idempotency_key = None
+        self.overrun_tokens = 0
+        self.is_overcounted = False
+        self.is_settled = False
+        self.was_next = False
 
     def first_event(self) -> None:
         """The engine's first event is here; a retry starts its time anew."""
@@ -148,7 +212,7 @@ class Turn:
         """What is kept of this turn once it is settled."""
         engine, tokens, ask, principal = self.engine, self.tokens, self.ask, self.principal
         first_s, started_s = self.first_event_s, self.started_s
-        return UsageRecord(  # by position: 23 keywords would cost as much as all the rest
+        return UsageRecord._make((  # 23 arguments would cost as much as all the rest
             self.id, principal.account_id, principal.key_id, self.started_at, ask.route, self.model,
             None if engine is None else engine.node_id, None if engine is None else engine.engine_id,
             ask.is_stream, self.outcome, self.status or CLIENT_CLOSED,
@@ -156,4 +220,4 @@ class Turn:
             None if first_s is None else round((first_s - started_s) * 1000), self.duration_ms,
             self.amount_nano, self.price.ref, None if engine is None else engine.account_id, self.loss_nano,
             self.hold.budgets, self.idempotency_key,
-        )  # fmt: skip
+        ))  # fmt: skip

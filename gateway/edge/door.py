@@ -9,13 +9,14 @@ from gateway.edge.connection import EdgeConnection
 from gateway.edge.cors import Cors
 from gateway.edge.handover import ClientProtocol
 from gateway.edge.head import Head
-from gateway.edge.refusals import new_request_id, refusal
+from gateway.edge.refusals import refusal
 from gateway.edge.refused import RefusedKeys
 from gateway.edge.turns import EdgeTurns
 from gateway.errors import ApiError, BadRequest
 from gateway.hints import NAMES as HINTS
 from gateway.hints import hints_of
 from gateway.relay.downstream import whole_head
+from gateway.turn import new_request_id
 
 NAMES = frozenset(name.encode() for name in HINTS)
 

@@ -7,7 +7,6 @@ from http import HTTPStatus
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
-from config.ids import uuid7
 from config.metrics import Metrics
 from gateway.api.routes import surface_of
 from gateway.api.services import CORS, HEALTH, METRICS, REFUSED_KEYS, REQUEST_ID
@@ -25,6 +24,7 @@ from gateway.errors import (
     render,
 )
 from gateway.relay.downstream import Relayed
+from gateway.turn import new_request_id
 
 log = logging.getLogger("poolgate.edge")
 
@@ -40,11 +40,6 @@ SERVER = "poolgate"
 """Instead of aiohttp's, which tells its version and Python's."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def new_request_id() -> str:
-    """Sorts by time, unique over all processes; a turn's id is the same number (`gateway.turn`)."""
-    return f"req_{uuid7().int:032x}"
 
 
 @web.middleware

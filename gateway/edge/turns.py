@@ -14,14 +14,14 @@ from config.metrics import Metrics
 from gateway.api.credentials import NO_KEY, check_scope, key_in, principal_of
 from gateway.api.inference import SCOPE, AskOf, log_crash
 from gateway.edge.head import Head
-from gateway.edge.refusals import new_request_id, refusal
+from gateway.edge.refusals import refusal
 from gateway.errors import ApiError, InvalidApiKey
 from gateway.flight import Flight
 from gateway.idempotent import KeyedTurns, key_of
 from gateway.identity.keyring import KeyRing, Principal
 from gateway.lifecycle import Lifecycle
 from gateway.relay.downstream import ClientConnection, ClientGone, HttpDownstream
-from gateway.turn import Ask, Turn
+from gateway.turn import Ask, Turn, new_request_id
 
 log = logging.getLogger("poolgate.edge")
 

@@ -6,7 +6,7 @@ bare quotes is sound, because inside a JSON string a quote is escaped.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -24,14 +24,23 @@ CACHED = re.compile(rb'"cached_tokens":(\d{1,12})\b')
 ERROR = b'data: {"error":'
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Tokens:
     """Tokens of one turn, as far as they are known; `estimated` when no engine said so. `prompt` includes `cached`."""
 
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-    estimated: bool = False
+    prompt: int
+    cached: int
+    completion: int
+    estimated: bool
+
+    # Written out, because a generated one is not compiled.
+    def __init__(
+        self, prompt: int = 0, cached: int = 0, completion: int = 0, estimated: bool = False
+    ) -> None:
+        self.prompt = prompt
+        self.cached = cached
+        self.completion = completion
+        self.estimated = estimated
 
 
 def first_event(data: bytes) -> bytes | None:
@@ -70,16 +79,14 @@ def tokens_of(usage: object, names: tuple[str, str, str] = COUNTS) -> Tokens | N
     if not isinstance(usage, dict):
         return None
     prompt, details, completion = usage.get(names[0]), usage.get(names[1]), usage.get(names[2], 0)
-    cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
-    tokens: Tokens = Tokens(prompt, cached or 0, completion or 0)  # type: ignore[arg-type] # looked at below
-    return (
-        tokens
-        if _is_count(tokens.prompt) and _is_count(tokens.cached) and _is_count(tokens.completion)
-        else None
-    )
+    cached = (details.get("cached_tokens") if isinstance(details, dict) else None) or 0
+    completion = completion or 0
+    if not (_is_count(prompt) and _is_count(cached) and _is_count(completion)):
+        return None
+    return Tokens(prompt, cached, completion)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and 0 <= value < COUNT_MAX
 
 
@@ -114,10 +121,15 @@ def answer_tokens(answer: dict[str, Any]) -> Tokens | None:
     return tokens_of(usage, RESPONSES_COUNTS if isinstance(answer.get("output"), list) else COUNTS)
 
 
-PLAIN_ANSWER = re.compile(rb'\{"id":"[^"\\]*","object":"(?:chat\.completion|text_completion|list)",')
-PLAIN_LISTS = (b'"choices":[{', b'"data":[{')
-PLAIN_LIST_WITHIN = 1000
-"""Bytes in which the list of answers begins behind id, time and model."""
+PLAIN_ANSWER = re.compile(
+    rb'\{"id":"[^"\\]*","object":"(?:chat\.completion|text_completion|list)","created":\d+,"model":"[^"\\]*",'
+    rb'"(?:choices|data)":\[\{'
+)
+PLAIN_USAGE = re.compile(
+    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+,"completion_tokens":(\d{1,12})'
+    rb'(?:,"prompt_tokens_details":null)?(?:,"completion_tokens_details":null)?\}'
+)
+"""As vLLM writes it unless it tells of cached tokens; found in a third of the time that USAGE takes."""
 
 
 def plain_tokens(body: bytes) -> Tokens | None:
@@ -128,14 +140,13 @@ def plain_tokens(body: bytes) -> Tokens | None:
     if PLAIN_ANSWER.match(body) is None:
         return None
     at = body.rfind(b',"usage":{')
-    if at < 0 or (match := USAGE.match(body, at)) is None:
+    if at < 0:
         return None
-    if (
-        body.find(PLAIN_LISTS[0], 0, PLAIN_LIST_WITHIN) < 0
-        and body.find(PLAIN_LISTS[1], 0, PLAIN_LIST_WITHIN) < 0
-    ):
-        return None
-    return usage_tokens(match)
+    plain = PLAIN_USAGE.match(body, at)
+    if plain is not None:
+        return Tokens(int(plain[1]), 0, int(plain[2]))
+    match = USAGE.match(body, at)
+    return None if match is None else usage_tokens(match)
 
 
 def usage_dict(tokens: Tokens) -> dict[str, int]:

@@ -194,17 +194,37 @@ class UpstreamConnection(asyncio.Protocol):
             self._parse(data)
         elif self._lacking:
             self._take_plain(data)
-        elif (head := PLAIN_HEAD.match(data)) is not None and (lacking := int(head[1])):
+        elif head_bytes := self._plain_head(data):
             self.status = 200
             self._keeps_alive = True
-            self._lacking = lacking
-            if len(data) > head.end():
-                self._take_plain(data[head.end() :])
+            if len(data) > head_bytes:
+                self._take_plain(data[head_bytes:])
         else:
             self._is_parsing = True
             self._parse(data)
         if (self._sink is None or self.complete) and self._news is not None:
             self._news()
+
+    def _plain_head(self, data: bytes) -> int:
+        """Length of the plain head that an answer begins with, which `_lacking` is set from. 0: it is another one.
+
+        Most are the one before but for the digits of their length, which takes a tenth of the time to see.
+        """
+        pool = self._pool
+        if pool is not None and pool.before_length and data.startswith(pool.before_length):
+            start = len(pool.before_length)
+            end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
+            digits = data[start:end]
+            if end > 0 and digits.isdigit() and data.startswith(pool.after_length, end):
+                self._lacking = int(digits)
+                return end + len(pool.after_length) if self._lacking else 0
+        match = PLAIN_HEAD.match(data)
+        if match is None:
+            return 0
+        if pool is not None and match.end() <= HEAD_KEPT_MAX:
+            pool.before_length, pool.after_length = data[: match.start(1)], data[match.end(1) : match.end()]
+        self._lacking = int(match[1])
+        return match.end() if self._lacking else 0
 
     def _take_plain(self, body: bytes) -> None:
         """Some of the body of an answer whose head was plain."""
@@ -305,9 +325,14 @@ class UpstreamConnection(asyncio.Protocol):
                 self._go_idle()
 
 
+HEAD_KEPT_MAX = 1024
+"""Bytes of a head that may be kept to know the next one by."""
+
+LENGTH_DIGITS_MAX = 9
 PLAIN_HEAD = re.compile(
     rb"HTTP/1\.1 200 OK\r\n(?:(?:date|server): [\x20-\x7e]*\r\n)*"
-    rb"content-length: (\d{1,9})\r\n(?:(?:content-type|vary|x-request-id): [\x20-\x7e]*\r\n)*\r\n"
+    rb"content-length: (\d{1,%d})\r\n(?:(?:content-type|vary|x-request-id): [\x20-\x7e]*\r\n)*\r\n"
+    % LENGTH_DIGITS_MAX
 )
 """A head as vLLM's server writes it above a whole answer; llhttp need not see those. With another field it is not plain."""
 
@@ -358,6 +383,9 @@ class UpstreamPool:
         self._idle: deque[tuple[UpstreamConnection, float]] = deque()
         self._closed = False
         self._heads: dict[str, bytes] = {}  # by path: there are five
+        self.before_length = self.after_length = (
+            b""  # of the last plain head, around the digits of its length
+        )
 
     def __repr__(self) -> str:
         return f"<UpstreamPool {self.host}:{self.port} idle={len(self._idle)}>"

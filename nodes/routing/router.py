@@ -58,7 +58,7 @@ class NoEngine(Exception):
         super().__init__(f"no engine for {model}")
 
 
-@dataclass(slots=True)  # not frozen: one is made for each turn, and that would take it five times as long
+@dataclass(slots=True, init=False)
 class Need:
     """What a turn asks of an engine. `tokens` is its size as load, `context` about how many it needs room for;
     `tried` engines are not asked again. `body` is what will be sent, `client` the account whose turn it is."""
@@ -66,12 +66,27 @@ class Need:
     model: str
     kind: str
     tokens: int
-    account_id: int | None = None
-    tried: Collection[Engine] = ()
-    context: int = 0
-    body: bytes = b""
-    client: int = 0
-    wishes: Wishes = NO_WISHES
+    account_id: int | None
+    tried: Collection[Engine]
+    context: int
+    body: bytes
+    client: int
+    wishes: Wishes
+
+    # Written out, because a generated one is not compiled, and one is made for each turn.
+    def __init__(
+        self, model: str, kind: str, tokens: int, account_id: int | None = None, tried: Collection[Engine] = (),
+        context: int = 0, body: bytes = b"", client: int = 0, wishes: Wishes = NO_WISHES,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.kind = kind
+        self.tokens = tokens
+        self.account_id = account_id
+        self.tried = tried
+        self.context = context
+        self.body = body
+        self.client = client
+        self.wishes = wishes
 
 
 def choose(snapshot: Snapshot, need: Need, *, sample: int, turns_max: int, rng: random.Random) -> Engine:

@@ -40,7 +40,7 @@ def test_a_clock_that_goes_back_does_not_break_the_order(monkeypatch: pytest.Mon
 
 def test_a_counter_that_overflows_goes_on_in_the_next_millisecond(monkeypatch: pytest.MonkeyPatch):
     before = uuid7()
-    ids._steps = 1
+    ids._ids._steps = 1
     monkeypatch.setattr(ids.time, "time_ns", lambda: 1)
     last, after = uuid7(), uuid7()
     assert before < last < after
@@ -52,9 +52,9 @@ def test_a_counter_that_overflows_goes_on_in_the_next_millisecond(monkeypatch: p
 def test_a_counter_can_be_raised_as_often_as_it_says_and_stays_in_its_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ids.time, "time_ns", lambda: 0)
     before = uuid7()
-    assert 1 << 29 <= ids._steps < 1 << 30
-    ids._head += ids._steps - 1 << 32
-    ids._steps = 1
+    assert 1 << 29 <= ids._ids._steps < 1 << 30
+    ids._ids._head += ids._ids._steps - 1 << 32
+    ids._ids._steps = 1
     last = uuid7()
     assert last > before
     assert last.int >> 32 & (1 << 30) - 1 == (1 << 30) - 1
@@ -75,7 +75,7 @@ def made_at(ms: int) -> int:
     """The first id of a millisecond in the far future, which then is no more."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_last_ms", "_head", "_steps"):
-            patch.setattr(ids, name, getattr(ids, name))
+            patch.setattr(ids._ids, name, getattr(ids._ids, name))
         patch.setattr(ids.time, "time_ns", lambda: (2**43 + ms) * 10**6)
         return uuid7().int
 
