@@ -38,6 +38,8 @@ CLIENT_CLOSED = 499
 """Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
 
+NEW_TUPLE = tuple.__new__
+
 ID_PREFIX = "req_"
 """How the id of a request begins; a turn's is the number behind it."""
 
@@ -212,7 +214,7 @@ class Turn:
         """What is kept of this turn once it is settled."""
         engine, tokens, ask, principal = self.engine, self.tokens, self.ask, self.principal
         first_s, started_s = self.first_event_s, self.started_s
-        return UsageRecord._make((  # 23 arguments would cost as much as all the rest
+        return NEW_TUPLE(UsageRecord, (  # 23 arguments would cost as much as all the rest
             self.id, principal.account_id, principal.key_id, self.started_at, ask.route, self.model,
             None if engine is None else engine.node_id, None if engine is None else engine.engine_id,
             ask.is_stream, self.outcome, self.status or CLIENT_CLOSED,

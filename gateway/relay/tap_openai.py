@@ -16,7 +16,11 @@ _PLAIN = b'data: {"id":'
 _PLAIN_USAGE = re.compile(
     rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+,"completion_tokens":(\d{1,12})(?:,"[a-z_]+":null)*\}\}\n\n'
 )
+_USUAL_USAGE = b',"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b'
 _UNFINISHED = b'"finish_reason":null'
+_UNFINISHED_WITHIN = 100
+"""Bytes before the usage in which a plain event says that."""
+
 _FINISH = b'"finish_reason":"'
 _NO_CHOICES = b'"choices":[]'
 _DONE = b"data: [DONE]"
@@ -26,7 +30,7 @@ class OpenAITap:
     """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
 
     __slots__ = (
-        "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts", "_tail", "_terminal",
+        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts", "_tail", "_terminal",
         "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
     )  # fmt: skip
 
@@ -53,6 +57,7 @@ class OpenAITap:
         self._per_choice: dict[int, tuple[int, int]] = {}
         self._has_counts = False
         self._is_plain = False  # pieces may be looked at by `_plain_event`
+        self._after_count = b"}}\n\n"  # how the last plain event went on behind its count
         self._has_last_word = False
         self._tail = b""
         self._terminal = b""
@@ -77,7 +82,8 @@ class OpenAITap:
             return b""
         self._tail = data[end:]
         whole = data[:end] if self._tail else data
-        if ERROR in whole or _NO_CHOICES in whole or _DONE in whole:
+        # `in` would raise and catch a TypeError inside for each.
+        if whole.find(ERROR) >= 0 or whole.find(_NO_CHOICES) >= 0 or whole.find(_DONE) >= 0:
             whole = self._ends(whole)
         self.finishes += whole.count(_FINISH)
         return self._count(whole)
@@ -87,14 +93,24 @@ class OpenAITap:
 
         With bare quotes, `"finish_reason":null` is the event's own, and so is the last `,"usage":{`.
         """
-        at = data.rfind(b',"usage":{')
-        if at < 0 or not data.startswith(_PLAIN) or data.find(b"\n\n") != len(data) - 2:
-            return None
-        match = _PLAIN_USAGE.fullmatch(data, at)
-        if match is None or _UNFINISHED not in data or self._tail:
+        end = len(data)
+        if self._tail or not data.startswith(_PLAIN) or data.find(b"\n") != end - 2:
             return None
         tokens = self.tokens
-        tokens.prompt, tokens.completion = int(match[1]), int(match[2])
+        prompt, completion = tokens.prompt, tokens.completion + 1
+        usual = _USUAL_USAGE % (prompt, prompt + completion, completion, self._after_count)
+        if data.endswith(usual):
+            at = end - len(usual)
+        else:  # several tokens at once, or the first count
+            at = data.rfind(b',"usage":{')
+            match = _PLAIN_USAGE.fullmatch(data, at) if at >= 0 else None
+            if match is None:
+                return None
+            prompt, completion = int(match[1]), int(match[2])
+            self._after_count = data[match.end(2) :]
+        if data.find(_UNFINISHED, max(0, at - _UNFINISHED_WITHIN)) < 0:
+            return None
+        tokens.prompt, tokens.completion = prompt, completion
         return data[:at] + b"}\n\n"
 
     def _ends(self, whole: bytes) -> bytes:

@@ -336,18 +336,19 @@ PLAIN_HEAD = re.compile(
 )
 """A head as vLLM's server writes it above a whole answer; llhttp need not see those. With another field it is not plain."""
 
-CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
-
 
 def one_chunk(data: bytes) -> bytes | None:
-    """What is in it, if `data` is one whole chunk of a body, as most reads of a stream are; llhttp need not see those."""
-    match = CHUNK_HEAD.match(data)
-    if match is None:
+    """What is in it, if `data` is one whole chunk of a body, as most reads of a stream are; llhttp need not see those.
+
+    How long it is tells how its first line must look: as many digits as its size has, and two line ends around it.
+    """
+    size_and_digits = len(data) - 4
+    digits = 2 if size_and_digits < 0x100 + 3 else 3 if size_and_digits < 0x1000 + 4 else 4
+    size = size_and_digits - digits
+    head = b"%x\r\n" % size
+    if size <= 0 or len(head) != digits + 2 or not data.startswith(head) or not data.endswith(b"\r\n"):
         return None
-    start, size = match.end(), int(match[1], 16)
-    if not size or len(data) != start + size + 2 or not data.endswith(b"\r\n"):
-        return None
-    return data[start:-2]
+    return data[digits + 2 : -2]
 
 
 class Ways(Protocol):

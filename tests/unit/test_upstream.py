@@ -440,12 +440,16 @@ async def test_a_host_that_does_not_answer_is_a_connect_failure_in_time(pool, mo
 @pytest.mark.parametrize(
     ("data", "inside"),
     [
-        (b"3\r\nabc\r\n", b"abc"), (b"0a\r\n0123456789\r\n", b"0123456789"), (b"2\r\n\r\n\r\n", b"\r\n"),
-        (b"", None), (b"3\r\nab", None), (b"3\r\nabc\r\n2\r\nde\r\n", None), (b"0\r\n\r\n", None), (b"3\r\nabcde", None),
-        (b"3;x=y\r\nabc\r\n", None), (b"+3\r\nabc\r\n", None), (b"0x3\r\nabc\r\n", None), (b" 3\r\nabc\r\n", None),
-        (b"3\nabc\r\n", None), (b"bc\r\n", None), (b"00000003\r\nabc\r\n", None),
+        *((b"%x\r\n%b\r\n" % (size, b"x" * size), b"x" * size) for size in (16, 255, 256, 4095, 4096, 65535)),
+        (b"10\r\n\r\n%b\r\n" % (b"x" * 14), b"\r\n" + b"x" * 14),
+        *((b"%x\r\n%b\r\n" % (size + much, b"x" * size), None) for size in (16, 255, 256, 4096) for much in (-1, 1)),
+        (b"", None), (b"10\r\nab", None), (b"10\r\n%b\r\n2\r\nde\r\n" % (b"x" * 16), None), (b"0\r\n\r\n", None),
+        (b"10\r\n%b" % (b"x" * 18), None), (b"10;x=y\r\n%b\r\n" % (b"x" * 16), None), (b"-2\r\n", None),
+        (b"+10\r\n%b\r\n" % (b"x" * 16), None), (b"0x10\r\n%b\r\n" % (b"x" * 16), None), (b"4\r\nabcde\r\n", None),
+        (b" 10\r\n%b\r\n" % (b"x" * 16), None), (b"10\n%b\r\n" % (b"x" * 16), None), (b"bc\r\n", None),
+        (b"0010\r\n%b\r\n" % (b"x" * 16), None), (b"3\r\nabc\r\n", None),
     ],
-    ids=range(15),
+    ids=range(30),
 )  # fmt: skip
 def test_only_one_whole_chunk_is_taken_without_a_parser(data, inside):
     assert one_chunk(data) == inside
