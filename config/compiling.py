@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,9 +20,9 @@ def main() -> int:
     """Make it. What stands in the way is said and is no failure, because all works without."""
     if is_fresh():
         return 0
-    if (lacking := _lacking()) is not None:
+    if (missing := lacking()) is not None:
         print(
-            f"poolgate will run interpreted, at a third more CPU a turn: to compile it, {lacking} is missing.\n"
+            f"poolgate will run interpreted, at a third more CPU a turn: to compile it, {missing} is missing.\n"
             "On Debian and Ubuntu: apt-get install gcc python3-dev; then run the same command again.",
             file=sys.stderr,
         )
@@ -36,7 +37,7 @@ def main() -> int:
     return 0
 
 
-def _lacking() -> str | None:
+def lacking() -> str | None:
     """What is needed and not here."""
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(compiler) is None:
@@ -59,20 +60,17 @@ def _make(folder: Path) -> None:
     sources, scaffolding = making / "sources", making / "scaffolding"
     try:
         for package in PACKAGES:
-            shutil.copytree(
-                ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        os.chdir(sources)
-        library = mypycify(
-            [*LENIENT, *(path_of(name, ".py") for name in MODULES)], group_name="poolgate", opt_level="2",
-            debug_level="0", target_dir=str(scaffolding / "c"),
-        )  # fmt: skip
-        command = Distribution({"name": "poolgate", "ext_modules": library}).get_command_obj("build_ext")
-        command.build_lib, command.build_temp = str(making), str(scaffolding / "o")
-        command.ensure_finalized()
-        command.run()
+            shutil.copytree(ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__"))
+        with chdir(sources):
+            library = mypycify(
+                [*LENIENT, *(path_of(name, ".py") for name in MODULES)], group_name="poolgate", opt_level="2",
+                debug_level="0", target_dir=str(scaffolding / "c"),
+            )  # fmt: skip
+            command = Distribution({"name": "poolgate", "ext_modules": library}).get_command_obj("build_ext")
+            command.build_lib, command.build_temp = str(making), str(scaffolding / "o")
+            command.ensure_finalized()
+            command.run()
         (making / STAMP).write_text(digest(sources))
-        os.chdir(ROOT)
         shutil.rmtree(sources)
         shutil.rmtree(scaffolding)
         shutil.rmtree(folder, ignore_errors=True)
