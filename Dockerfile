@@ -5,23 +5,32 @@ ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS build
 WORKDIR /src
-# Wheels of the dependencies first: this layer stays while pyproject.toml does.
+# What compiles, and wheels of the dependencies, first: these layers stay while pyproject.toml does.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
 RUN mkdir gateway nodes billing config \
     && pip wheel --no-cache-dir --wheel-dir /wheels . \
-    && rm /wheels/poolgate-*.whl
+    && rm /wheels/poolgate-*.whl \
+    && pip install --no-cache-dir --find-links=/wheels '.[compile]'
 COPY gateway gateway
 COPY nodes nodes
 COPY billing billing
 COPY config config
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+    && python -m config.compiling
 
 FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="poolgate" \
       org.opencontainers.image.description="One OpenAI-compatible endpoint over a pool of GPU hosts" \
       org.opencontainers.image.licenses="Apache-2.0"
+# The same interpreter and sources as in the build, so the modules that it compiled are used; the last line makes sure.
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --no-index --find-links=/wheels poolgate
+    --mount=type=bind,from=build,source=/src/.compiled,target=/compiled \
+    pip install --no-cache-dir --no-index --find-links=/wheels poolgate \
+    && cp -r /compiled "$(python -c 'from config.compiled import FOLDER; print(FOLDER)')" \
+    && python -c 'import sys, gateway.turn; from config.compiled import is_used; sys.exit(not is_used())'
 # The data folder holds the pepper of the key hashes when POOLGATE_KEY_PEPPER does not give it.
 RUN useradd --system --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin poolgate \
     && install -d -o poolgate -g poolgate -m 0700 /var/lib/poolgate

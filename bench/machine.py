@@ -4,11 +4,12 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 
 from bench.processes import ROOT
+from config import compiled
 
 PACKAGES = ("aiohttp", "uvloop", "httptools", "orjson", "pydantic", "asyncpg", "redis")
 
@@ -21,8 +22,19 @@ def machine() -> dict[str, str]:
         "machine": f"{os.cpu_count()} cores ({_processor()}), {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "load before": f"{os.getloadavg()[0]:.2f} (1 min)",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "poolgate": _how(),
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
+
+
+def _how() -> str:
+    """As its processes are started here, so is this one."""
+    if not compiled.is_used():
+        return compiled.how()
+    try:
+        return f"{compiled.how()} by mypyc {version('mypy')}"
+    except PackageNotFoundError:  # it was, elsewhere
+        return f"{compiled.how()} by mypyc"
 
 
 def _commit() -> str:

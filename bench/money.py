@@ -53,11 +53,12 @@ PLAIN = "hold, settlement, journal, shipping"
 LIMITED = "and two budgets, high limits"
 STRICT = f"and two budgets, a low limit ({EXACT_ACCOUNTS} accounts)"
 METHOD = f"""\
-**Money off** is a worker that bench/unbilled.py puts together with parts that do nothing in the place of limits,
-bounds, leases, journal, shipper and recovery. What is left in it is everything else: keys, routing, relay, metrics,
-the record of a turn and its log line. CPU is that of one worker process, without a supervisor, from before the
-first of {REQUESTS:,} requests until {DRAIN_S:g} s after the last answer, when its turns are shipped (which is
-checked). Where the spread of *more than money off* is wider than its median, the difference is not known.
+**Money off** is a worker that bench/unbilled.py puts together without journal, shipper and recovery, at prices of
+zero, for which nothing is leased, and asked with a key that has no limits. What is left in it is everything else:
+keys, routing, relay, metrics, the record of a turn and its log line, and the arithmetic of bounds and prices (1 µs).
+CPU is that of one worker process, without a supervisor, from before the first of {REQUESTS:,} requests until
+{DRAIN_S:g} s after the last answer, when its turns are shipped (which is checked). Where the spread of *more than
+money off* is wider than its median, the difference is not known.
 
 **High limits**: key, account and tier have limits a minute and a day and a concurrency that are kept by blocks, and
 the key and the account have a budget each. **A low limit** is 600 requests a minute for each of {EXACT_ACCOUNTS}
@@ -142,7 +143,7 @@ async def measure_cpu(bench: Bench, rounds: int) -> list[Sample]:
     high = await bench.accounts("high", 1, **HIGH, **BUDGETS)
     exact = await bench.accounts("exact", EXACT_ACCOUNTS, **EXACT, **BUDGETS)
     loads = {
-        OFF: (bench.free, high), PLAIN: (bench.billed, plain), LIMITED: (bench.billed, high),
+        OFF: (bench.free, plain), PLAIN: (bench.billed, plain), LIMITED: (bench.billed, high),
         STRICT: (bench.billed, exact),
     }  # fmt: skip
     samples: list[Sample] = []

@@ -25,6 +25,7 @@ import psutil
 from bench.bodies import MODEL
 from bench.load import Job, Outcome
 from billing.money import NANO
+from config.compiled import SWITCH
 from config.defaults import Settings
 from config.procs import Child, spawn_python
 from gateway.identity.accounts import AccountStore
@@ -147,8 +148,12 @@ async def ended(*processes: Child) -> None:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The environment in which a process of ours has these settings and no others."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("POOLGATE_")}
+    """The environment in which a process of ours has these settings and no others, and runs compiled if this one does."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("POOLGATE_") or name == SWITCH
+    }
     usual = Settings()
     changed = {
         f"POOLGATE_{knob.name.upper()}": str(value)

@@ -25,10 +25,10 @@ user and system time of all processes of the gateway, from before the first requ
 is done: with poolgate, when its usage is in PostgreSQL. What a gateway does without requests is inside; *idle* says
 how much that is. **poolgate** has everything on, as shipped: a key with six limits and two budgets, holds, a choice
 among ten nodes, settlement, journal (fsync every 50 ms), shipping to PostgreSQL, metrics, one log line a turn to a
-file. **Billing off** is a worker without holds, limits, budgets, journal and settlement, which no setting of the
-product gives (bench/unbilled.py). **Bare uvloop** hands each client's bytes to an engine and back and parses nothing
-(bench/bare.py): what any gateway on this event loop costs at least. PostgreSQL's and Valkey's CPU is in rows of its
-own, and not in poolgate's."""
+file. **Billing off** is a worker without leases, limits, budgets, journal and settlement, which no setting of the
+product gives (bench/unbilled.py); it reckons what a turn may cost at most, at prices of zero. **Bare uvloop** hands
+each client's bytes to an engine and back and parses nothing (bench/bare.py): what any gateway on this event loop costs
+at least. PostgreSQL's and Valkey's CPU is in rows of its own, and not in poolgate's."""
 
 
 def measure(asked: Asked) -> list[Sample]:

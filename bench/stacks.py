@@ -1,14 +1,16 @@
 """Call stacks as py-spy samples them, made readable, summed by file, and drawn as a flame graph.
 
-The format is that of collapsed stacks: frames from the outermost, separated by semicolons, a space, and a count.
+The format is that of collapsed stacks: frames from the outermost, separated by semicolons, a space, and a count. Compiled
+functions are C functions there, by whose names they are shown as Python's.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from bench.svg import Canvas
+from config.compiled import LIBRARY, MODULES, path_of
 
 Stacks = Mapping[tuple[str, ...], int]
 
@@ -19,7 +21,10 @@ STARTING = ("<frozen runpy>", "asyncio/runners.py", "uvloop/__init__.py", "threa
 
 _FRAME = re.compile(r"^(?P<name>.*) \((?P<file>.*?)(?::\d+)?\)$")
 _SHARED = re.compile(r"^(?P<name>[^.]+).*\.so")
-NATIVE = {"loop": "uvloop", "protocol": "asyncpg", "libc": "libc", "parser": "httptools"}
+NATIVE = {"loop": "uvloop", "protocol": "asyncpg", "libc": "libc", "parser": "httptools", LIBRARY: "python"}
+_MARK = re.compile(r"^CPy(Def_|Py_|Dunder_(am_send|__[a-z]+__))")
+"""What mypyc writes before the name of a function: its own, the one that Python calls, a slot's."""
+
 WIDTH, ROW, PIXELS_MIN, LETTER = 1200, 17, 1.0, 6.3
 
 
@@ -48,9 +53,33 @@ def readable(frames: Iterable[str]) -> tuple[str, ...]:
             native = ""
             if file not in STARTING:
                 kept.append(f"{name} {file}")
+        elif file.startswith(LIBRARY) and (known := _compiled(name)):
+            native = ""
+            if kept[-1:] != [known]:  # what Python calls, and what that calls
+                kept.append(known)
         else:
             native = _native(name, file)
     return (*(kept or [LOOP]), *([native] if native else []))
+
+
+def _compiled(symbol: str) -> str:
+    """The function and the file that this C function was made of; empty for one of mypyc's own."""
+    rest = _MARK.sub("", symbol.partition(".")[0])  # gcc marks parts of functions with a point
+    for prefix, file in PREFIXES.items():
+        if rest.startswith(prefix):
+            return f"{rest.removeprefix(prefix).replace('___', '.')} {file}"
+    return ""
+
+
+def _prefixes() -> Iterator[tuple[str, str]]:
+    """How the names of each module's C functions begin: with the last parts of its name that no other module has."""
+    for module in MODULES:
+        ends = [".".join(module.split(".")[-count:]) for count in range(1, module.count(".") + 2)]
+        end = next(end for end in ends if sum(f".{each}".endswith(f".{end}") for each in MODULES) == 1)
+        yield end.replace(".", "___") + "___", path_of(module, ".py")
+
+
+PREFIXES = dict(_prefixes())
 
 
 def _native(name: str, file: str) -> str:

@@ -1,64 +1,41 @@
 """A gateway worker whose money is switched off, to measure what it costs: `python -m bench.unbilled` in place of a worker.
 
-Only here: a gateway has no setting for it. Nothing is bounded, limited, held, priced to be charged, journaled or shipped;
-keys, routing, relay, metrics and the log line of a turn are as in `gateway.worker`.
+Only here: a gateway has no setting for it. Nothing is limited, leased, journaled or shipped; keys, routing, relay, metrics
+and the log line of a turn are as in `gateway.worker`. Compiled modules take no stand-ins for each other's classes, so these
+are the real ones with nothing to do: all is free, and a hold of nothing needs no lease; whoever asks has a key without
+limits. What stays is arithmetic: a turn is bounded and priced, at zero.
 """
 
-import asyncio
 import sys
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gateway.admission
+import asyncpg
+from redis.asyncio import Redis
+
 import gateway.app
-from billing.holds import Bound
 from billing.incarnations import Incarnation
-from billing.limits.limiter import UNLIMITED
+from billing.leases import SpendLeases
+from billing.limits import Limiter
+from billing.prices import DEFAULT, Price, PriceBook
 from config.clock import Clock
 from config.defaults import Settings
 from config.ids import uuid7
+from config.metrics import Metrics
 from gateway import worker
 
-BOUND = Bound(
-    prompt_tokens=100_000, output_tokens=4096, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=0
-)  # fmt: skip
-"""What every request is taken for: more than any of the benchmarks'. Past its bound an answer would be cut, and what an
-engine counted would be doubted in a warning for each turn."""
+FOR_EVER_S = 1e9
+"""Leases may be used although nobody tells PostgreSQL that this process lives."""
 
 
-class Free:
-    """A hold that took nothing and charges nothing; one is enough for all turns."""
+class FreeBook:
+    """In the place of billing.prices.PriceBook, of which it loads one without a price."""
 
-    amount_nano = 0
-    budgets = ()
-
-    def extend(self, amount_nano: int) -> bool:
-        return True
-
-    def settle(self, amount_nano: int) -> tuple[int, int]:
-        return 0, 0
-
-    def void(self) -> None:
-        """Nothing was set aside."""
-
-
-class NoLeases:
-    """Holds without leases."""
-
-    def __init__(self) -> None:
-        self.is_lost = asyncio.Event()
-        self._hold = Free()
-
-    def try_hold(self, *_: object) -> Free:
-        return self._hold
-
-
-class NoLimits:
-    """Admits everybody."""
-
-    def try_admit(self, *_: object) -> Any:
-        return UNLIMITED
+    @staticmethod
+    def load(path: Path | None = None) -> PriceBook:
+        return PriceBook({DEFAULT: (Price(DEFAULT, 0, 0, 0),)})
 
 
 class NoJournal:
@@ -76,11 +53,14 @@ class Unbilled:
 
     claims = None
 
-    def __init__(self, settings: Settings, *, clock: Clock, **_: object) -> None:
+    def __init__(
+        self, settings: Settings, *, pool: asyncpg.Pool, valkey: Redis, clock: Clock, metrics: Metrics, **_: object
+    ) -> None:  # fmt: skip
         self.incarnation = Incarnation(uuid7(), Path("none"))
         self.journal = NoJournal()
-        self.leases = NoLeases()
-        self.limiter = NoLimits()
+        settings = replace(settings, lease_grace_s=FOR_EVER_S)
+        self.leases = SpendLeases(pool, self.incarnation, settings, clock)
+        self.limiter = Limiter(valkey, str(self.incarnation.id), settings, clock, metrics, lambda: 1)
 
     async def register(self) -> bool:
         return True
@@ -97,9 +77,9 @@ class Unbilled:
 
 def main() -> int:
     """As gateway.worker, which a supervisor starts and tells its settings and its socket."""
-    replaced: Any = gateway
-    replaced.app.Money = Unbilled
-    replaced.admission.bound_of = lambda *_: BOUND
+    replaced: Any = gateway.app
+    replaced.Money = Unbilled
+    replaced.PriceBook = FreeBook
     return worker.main()
 
 

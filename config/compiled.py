@@ -111,5 +111,10 @@ def is_used() -> bool:
     return CompiledFinder in sys.meta_path
 
 
+def how() -> str:
+    """The same in a word."""
+    return "compiled" if is_used() else "interpreted"
+
+
 def path_of(name: str, suffix: str) -> str:
     return name.replace(".", "/") + suffix

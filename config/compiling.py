@@ -4,19 +4,25 @@ import os
 import shutil
 import sys
 import sysconfig
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
 
 from config.compiled import FOLDER, MODULES, ROOT, STAMP, digest, is_fresh, path_of
+
+PACKAGES = ("billing", "config", "gateway", "nodes")
+
+LENIENT = ("--config-file=", "--ignore-missing-imports")
+"""What mypy is told before the files: `make lint` is strict, and here libraries may be without their types."""
 
 
 def main() -> int:
     """Make it. What stands in the way is said and is no failure, because all works without."""
     if is_fresh():
         return 0
-    if (lacking := _lacking()) is not None:
+    if (missing := lacking()) is not None:
         print(
-            f"poolgate will run interpreted, at a third more CPU a turn: to compile it, {lacking} is missing.\n"
+            f"poolgate will run interpreted, at a third more CPU a turn: to compile it, {missing} is missing.\n"
             "On Debian and Ubuntu: apt-get install gcc python3-dev; then run the same command again.",
             file=sys.stderr,
         )
@@ -24,19 +30,24 @@ def main() -> int:
     print(
         f"compiling the {len(MODULES)} modules that every turn passes through (about two minutes)", flush=True
     )
-    _make(FOLDER)
+    try:
+        _make(FOLDER)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - another version of mypy, a disk that is full
+        print(f"poolgate will run interpreted: it could not be compiled: {error}", file=sys.stderr)
     return 0
 
 
-def _lacking() -> str | None:
+def lacking() -> str | None:
     """What is needed and not here."""
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(compiler) is None:
         return f"a C compiler ({compiler})"
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if not headers.exists():
         return f"{headers} of Python's headers"
-    return "mypy" if find_spec("mypyc") is None else None
+    if not os.access(FOLDER.parent, os.W_OK):
+        return f"the right to write to {FOLDER.parent}"
+    return "mypy (pip install 'poolgate[compile]')" if find_spec("mypyc") is None else None
 
 
 def _make(folder: Path) -> None:
@@ -44,20 +55,24 @@ def _make(folder: Path) -> None:
     from mypyc.build import mypycify
     from setuptools import Distribution
 
-    making, made_of = folder.with_name(f"{folder.name}.{os.getpid()}"), digest()
-    os.chdir(ROOT)  # where mypy finds its settings and the packages
+    making = folder.with_name(f"{folder.name}.{os.getpid()}")
+    # A copy: where the packages are installed, mypy would take their neighbours for modules of ours.
+    sources, scaffolding = making / "sources", making / "scaffolding"
     try:
-        library = mypycify(
-            [path_of(name, ".py") for name in MODULES], group_name="poolgate", opt_level="2", debug_level="0",
-            target_dir=str(making / "c"),
-        )  # fmt: skip
-        command = Distribution({"name": "poolgate", "ext_modules": library}).get_command_obj("build_ext")
-        command.build_lib, command.build_temp = str(making), str(making / "o")
-        command.ensure_finalized()
-        command.run()
-        for scaffolding in ("c", "o"):
-            shutil.rmtree(making / scaffolding, ignore_errors=True)
-        (making / STAMP).write_text(made_of)
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__"))
+        with chdir(sources):
+            library = mypycify(
+                [*LENIENT, *(path_of(name, ".py") for name in MODULES)], group_name="poolgate", opt_level="2",
+                debug_level="0", target_dir=str(scaffolding / "c"),
+            )  # fmt: skip
+            command = Distribution({"name": "poolgate", "ext_modules": library}).get_command_obj("build_ext")
+            command.build_lib, command.build_temp = str(making), str(scaffolding / "o")
+            command.ensure_finalized()
+            command.run()
+        (making / STAMP).write_text(digest(sources))
+        shutil.rmtree(sources)
+        shutil.rmtree(scaffolding)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     finally:

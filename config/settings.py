@@ -16,18 +16,19 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from config.compiled import SWITCH
 from config.defaults import Settings
 
 PREFIX = "POOLGATE_"
 FILE_VARIABLE = "POOLGATE_CONFIG"
 # Variables that hosting platforms set by these names.
 PLAIN_VARIABLES = {"DATABASE_URL": "database_url", "REDIS_URL": "redis_url"}
-# Names with our prefix that are no settings: the file's own, what a parent passes its children, and what the
-# command line's client commands read.
+# Names with our prefix that are no settings: the file's own, what a parent passes its children, what the
+# command line's client commands read, and how modules are imported.
 RESERVED_VARIABLES = frozenset(
     {
         FILE_VARIABLE, "POOLGATE_PARENT_FD", "POOLGATE_URL", "POOLGATE_API_KEY", "POOLGATE_AGENT_KEY", "POOLGATE_DEBUG",
-        "POOLGATE_STOP_WITH_PARENT", "POOLGATE_TORCH_INDEX", "POOLGATE_LAUNCHED_FROM",
+        "POOLGATE_STOP_WITH_PARENT", "POOLGATE_TORCH_INDEX", "POOLGATE_LAUNCHED_FROM", SWITCH,
     }
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,10 +13,13 @@ from typing import Any
 
 import uvloop
 
+from config import compiled
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import die_with_parent
 from gateway.reports import LOOK_S, report
+
+log = logging.getLogger("poolgate.worker")
 
 GC_THRESHOLDS = (50_000, 20, 100)
 """Counts of new objects at which garbage in cycles is looked for. High enough that a turn ends before it counts as old: by
@@ -61,6 +65,7 @@ async def _serve(settings: Settings, sock: socket.socket, *, report_fd: int, acc
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gateway = Gateway(settings)
     await gateway.start(sock, accepts=not accepts_when_ready)
+    log.info("started, %s", compiled.how(), extra={"action": "worker_started", "runs": compiled.how()})
     if accepts_when_ready:
         await _accept_when_ready(gateway, stop)
     reporting = asyncio.create_task(report(report_fd, lambda: gateway.health.is_ready))

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 
+from config.compiled import SWITCH
 from tests.fakes.processes import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +155,7 @@ def clean_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("POOLGATE_") and name not in ("DATABASE_URL", "REDIS_URL")
+        if name == SWITCH or not (name.startswith("POOLGATE_") or name in ("DATABASE_URL", "REDIS_URL"))
     }
 
 

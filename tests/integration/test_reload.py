@@ -11,6 +11,7 @@ import pytest
 
 from bench.load import Client, Job, request_bytes
 from bench.processes import fetch
+from config import compiled
 from config.embedded import EmbeddedStores
 from config.postgres import migrate, open_pool
 from tests.certificates import write_pair
@@ -62,6 +63,10 @@ async def on_each_worker(gateway: GatewayProcess, count: int) -> list[Client]:
 
 def pids(run: Running) -> set[int]:
     return {worker.pid for worker in run.gateway.workers()}
+
+
+async def test_each_worker_tells_whether_it_runs_compiled(run: Running):
+    await run.gateway.until_logged(f"started, {compiled.how()}", WORKERS)
 
 
 async def test_wrong_settings_are_logged_and_the_old_workers_go_on(run: Running):

@@ -6,11 +6,13 @@ import pytest
 
 from bench import request
 from bench.__main__ import QUESTIONS, load, write
+from bench.machine import machine
 from bench.question import Finding
 from bench.report import losses, pictures, results, section, targets
 from bench.samples import Sample, Samples, Spread
 from bench.svg import Group, bars
 from bench.targets import Target
+from config import compiled
 
 ABOUT = {"commit": "abc", "machine": "2 cores"}
 CPU = {"poolgate": 40.0, "vllm-router": 64.0, "nginx": 25.0, "litellm": 8800.0}
@@ -67,6 +69,14 @@ def test_a_section_has_method_machine_numbers_and_ratios():
     assert "- machine: 2 cores" in text
     assert "| 200 B | 41.2 (40.4-42.0) |" in text
     assert "| poolgate, 200 B | 0.62 (0.62-0.62) | 1.60 (1.60-1.60) | 1/220 |" in text
+
+
+def test_the_machine_s_facts_say_whether_poolgate_ran_compiled(monkeypatch: pytest.MonkeyPatch):
+    assert machine()["poolgate"].startswith(compiled.how())
+    monkeypatch.setattr(compiled, "is_used", lambda: True)
+    assert machine()["poolgate"].startswith("compiled by mypyc")
+    monkeypatch.setattr(compiled, "is_used", lambda: False)
+    assert machine()["poolgate"] == "interpreted"
 
 
 def test_what_was_found_is_kept_and_only_what_is_new_replaced(tmp_path):

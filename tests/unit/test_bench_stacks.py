@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from bench.stacks import LOOP, by_owner, flame, owner, parse, readable
+from bench.stacks import LOOP, PREFIXES, by_owner, flame, owner, parse, readable
+from config.compiled import MODULES, path_of
 
 START = "thread (7): MainThread;0x7f (libc.so.6);_run_code (<frozen runpy>:88);run (uvloop/__init__.py:92)"
 ORJSON = "orjson/orjson.cpython-311-x86_64-linux-gnu.so"
@@ -44,6 +45,45 @@ def test_each_sample_has_one_owner():
 )
 def test_time_in_a_library_is_its_caller_s(stack, whose):
     assert owner(stack) == whose
+
+
+LIBRARY = "(poolgate__mypyc.cpython-311-x86_64-linux-gnu.so)"
+
+
+@pytest.mark.parametrize(
+    ("symbol", "read"),
+    [
+        (
+            "CPyDef_connection___EdgeConnection___data_received",
+            "EdgeConnection.data_received gateway/edge/connection.py",
+        ),
+        ("CPyPy_lifecycle___Lifecycle____settle", "Lifecycle._settle gateway/lifecycle.py"),
+        ("CPyDef_holds____media.isra.0", "_media billing/holds.py"),
+        ("CPyDef_gateway___records___TurnRecords___flush", "TurnRecords.flush gateway/records.py"),
+        ("CPyDef_billing___records___encode", "encode billing/records.py"),
+        ("CPyDef_turns___EdgeTurn_____init__", "EdgeTurn.__init__ gateway/edge/turns.py"),
+        ("CPyDunder_am_sendjournal___run_Journal_gen", "run_Journal_gen billing/journal.py"),
+        ("turn___Turn_dealloc", "Turn_dealloc gateway/turn.py"),
+        ("CPyDef_headers___Told___with_more", "Told.with_more billing/limits/headers.py"),
+    ],
+)
+def test_a_compiled_function_reads_as_the_python_that_it_was(symbol, read):
+    assert readable(["Handle__run (loop.c:1)", f"{symbol} {LIBRARY}", "0x7f (libc.so.6)"]) == (read, "[libc]")
+
+
+def test_a_compiled_function_and_what_python_calls_for_it_are_one():
+    frames = [f"CPyPy_turn___Turn___delivered {LIBRARY}", f"CPyDef_turn___Turn___delivered {LIBRARY}"]
+    assert readable(frames) == ("Turn.delivered gateway/turn.py",)
+
+
+@pytest.mark.parametrize("name", ["CPyDict_GetItem", "vgetargskeywordsfast_impl.constprop.0", "0x7f00"])
+def test_what_a_compiled_function_calls_of_mypyc_s_is_python_s(name):
+    frames = [f"CPyDef_turn___Turn___delivered {LIBRARY}", f"{name} {LIBRARY}"]
+    assert readable(frames) == ("Turn.delivered gateway/turn.py", "[python]")
+
+
+def test_every_compiled_module_s_file_is_known():
+    assert sorted(PREFIXES.values()) == sorted(path_of(module, ".py") for module in MODULES)
 
 
 def test_a_stack_of_nothing_but_c_is_the_event_loop():

@@ -57,6 +57,10 @@ def test_the_file_can_be_named_by_a_variable(toml: Path):
     assert load_settings(environ={"POOLGATE_CONFIG": str(toml)}).port == 1001
 
 
+def test_a_variable_that_is_no_setting_is_left_alone():
+    assert load_settings(environ={"POOLGATE_COMPILED": "0"}) == Settings()
+
+
 def test_plain_store_variables_are_taken_and_the_prefixed_ones_win():
     environ = {
         "DATABASE_URL": "postgresql://a/x",
