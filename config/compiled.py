@@ -54,7 +54,7 @@ MODULES = (
     "nodes.routing.scorers",
     "nodes.routing.snapshot",
 )
-"""Those that every turn passes through. One that is compiled can't be patched from outside, nor its classes be subclassed."""
+"""Those that every turn passes through. A compiled one can't be patched from outside, nor its classes be subclassed."""
 
 SWITCH = "POOLGATE_COMPILED"
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ class CompiledFinder:
 
 
 def use() -> None:
-    """Have these modules imported as machine code from now on, if there is any; each package asks for it when it is imported."""
+    """Have these modules imported as machine code from now on, if there is any; each package asks for it first of all."""
     if CompiledFinder not in sys.meta_path and os.environ.get(SWITCH) != "0" and is_fresh():
         sys.meta_path.insert(0, CompiledFinder)
 

@@ -6,7 +6,7 @@ bare quotes is sound, because inside a JSON string a quote is escaped.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -70,16 +70,14 @@ def tokens_of(usage: object, names: tuple[str, str, str] = COUNTS) -> Tokens | N
     if not isinstance(usage, dict):
         return None
     prompt, details, completion = usage.get(names[0]), usage.get(names[1]), usage.get(names[2], 0)
-    cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
-    tokens: Tokens = Tokens(prompt, cached or 0, completion or 0)  # type: ignore[arg-type] # looked at below
-    return (
-        tokens
-        if _is_count(tokens.prompt) and _is_count(tokens.cached) and _is_count(tokens.completion)
-        else None
-    )
+    cached = (details.get("cached_tokens") if isinstance(details, dict) else 0) or 0
+    completion = completion or 0
+    if not (_is_count(prompt) and _is_count(cached) and _is_count(completion)):
+        return None
+    return Tokens(prompt, cached, completion)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and 0 <= value < COUNT_MAX
 
 
