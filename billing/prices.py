@@ -235,10 +235,10 @@ class _Reader:
         return parse_amount(value)
 
     def _size(self, where: str, name: str, value: Any) -> Any:
-        kinds, allowed = (int, "a whole number, 1 or more")
-        if name == "vram_required_gb":
-            kinds, allowed = (int, float), "a number above 0"  # type: ignore[assignment]
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 10**9:
+        is_gb = name == "vram_required_gb"
+        allowed = "a number above 0" if is_gb else "a whole number, 1 or more"
+        is_number = isinstance(value, int) or (is_gb and isinstance(value, float))
+        if isinstance(value, bool) or not is_number or not 0 < value < 10**9:
             raise self._bad(where, name, value, allowed)
         return value
 

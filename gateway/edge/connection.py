@@ -6,12 +6,12 @@ What comes behind a request waits until that is answered, a bounded part of it h
 
 import asyncio
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
+from gateway.api.inference import AskOf
 from gateway.edge.handover import ClientProtocol, Lent
 from gateway.edge.head import Head, read_head
-from gateway.edge.turns import EdgeTurn
 from gateway.errors import ApiError, RequestTimeout
 
 if TYPE_CHECKING:
@@ -31,6 +31,39 @@ HARDLY_HTTP = re.compile(rb"\A(?!\r\Z|[A-Z]{1,20}(?: |\Z))|[^\r]\n|\x00")
 """In a head that has not ended: it is no request, or has a line end that is none. llhttp says so at once."""
 
 NEVER = float("inf")
+
+
+class ServedTurn(Protocol):
+    """One request that is served here, and its answer's way (`EdgeTurn`)."""
+
+    def begin(self, body: bytes) -> None:
+        """Answer it; `answered` is called when that is done, perhaps before this returns."""
+        ...
+
+    def end_keep_alive(self) -> None:
+        """The worker ends: if the answer has not begun it says so."""
+        ...
+
+    def leave(self) -> None:
+        """The client left."""
+        ...
+
+
+class Turns(Protocol):
+    """Begins them (`EdgeTurns`)."""
+
+    @property
+    def routes(self) -> Mapping[bytes, AskOf]:
+        """How a request for each path that is served here is decoded."""
+        ...
+
+    def begun(self, connection: "EdgeConnection", head: Head) -> ServedTurn:
+        """One request's turn, to be begun with its body."""
+        ...
+
+    def knows(self, head: Head) -> bool:
+        """Whether memory knows the key of a request."""
+        ...
 
 
 class Over:
@@ -63,7 +96,7 @@ class EdgeConnection(asyncio.Protocol):
         self._scanned = 0  # bytes of it that hold no end of a head
         self._head: Head | None = None  # of the last turn, for the next one
         self._reading: Head | None = None  # of a request whose body is still to come
-        self._turn: EdgeTurn | Over | None = None
+        self._turn: ServedTurn | Over | None = None
         self._handler: ClientProtocol | None = None
         self._left = 0  # bytes that aiohttp's single request still lacks
         self._is_paused = False  # we read no more until `_ahead` is shorter
@@ -225,7 +258,7 @@ class EdgeConnection(asyncio.Protocol):
         turn = self._turn = self._door.turns.begun(self, head)
         turn.begin(body)
 
-    def answered(self, turn: EdgeTurn, *, keep_alive: bool) -> None:
+    def answered(self, turn: ServedTurn, *, keep_alive: bool) -> None:
         """The turn is over: on to the next request, or to the end."""
         if self._turn is not turn:
             return

@@ -5,13 +5,12 @@ from collections.abc import Callable
 
 from config.defaults import Settings
 from config.metrics import Metrics
-from gateway.edge.connection import EdgeConnection
+from gateway.edge.connection import EdgeConnection, Turns
 from gateway.edge.cors import Cors
 from gateway.edge.handover import ClientProtocol
 from gateway.edge.head import Head
 from gateway.edge.refusals import refusal
 from gateway.edge.refused import RefusedKeys
-from gateway.edge.turns import EdgeTurns
 from gateway.errors import ApiError, BadRequest
 from gateway.hints import NAMES as HINTS
 from gateway.hints import hints_of
@@ -35,7 +34,7 @@ class Door:
         self,
         settings: Settings,
         *,
-        turns: EdgeTurns,
+        turns: Turns,
         handler: Callable[[], ClientProtocol],
         cors: Cors,
         refused_keys: RefusedKeys,

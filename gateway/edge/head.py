@@ -90,8 +90,10 @@ class Head:
             return None
         start = len(before)
         end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
+        if end < 0:
+            return None
         digits = data[start:end]
-        if end < 0 or not digits.isdigit() or not data.startswith(after, end):
+        if not digits.isdigit() or not data.startswith(after, end):
             return None
         body = data[end + len(after) :]
         return body if len(body) == int(digits) <= self.body_bytes_max else None

@@ -186,7 +186,7 @@ class StubTurn:
 
     def _end(self) -> None:
         self._turns.running.discard(self)
-        self._connection.answered(self, keep_alive=self._down.keep_alive)  # type: ignore[arg-type]
+        self._connection.answered(self, keep_alive=self._down.keep_alive)
 
 
 class Answers:

@@ -1,20 +1,28 @@
 """One attempt at an engine, event by event: what is counted is what went to the client."""
 
 import asyncio
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 
+from billing.holds import Bound
+from billing.lease_account import Hold
 from billing.limits.headers import NOTHING_TOLD, Told
+from billing.limits.limiter import UNLIMITED
+from billing.prices import Price
 from config.defaults import Settings
 from gateway.flight import Flight, StreamFlight
+from gateway.identity.keyring import Principal
 from gateway.relay.downstream import ClientGone
 from gateway.relay.events import Tokens
 from gateway.relay.faults import EngineFault
 from gateway.relay.tap_openai import OpenAITap
 from gateway.relay.upstream import UpstreamConnection
+from gateway.turn import NO_TOKENS, Ask, Turn
+from nodes.breaker import Breaker
+from nodes.routing.snapshot import Engine
 from tests.waiting import eventually
 
 EVENT = (
@@ -60,35 +68,26 @@ class Wire:
         self.is_reading = True
 
 
-class Breaker:
-    def succeeded(self, begun_s: float) -> None: ...
+def engine() -> Engine:
+    return Engine(
+        key="e", node_id="n", engine_id="e0", account_id=1, host="127.0.0.1", port=1, models={},
+        breaker=Breaker(Settings()),
+    )  # fmt: skip
 
 
-@dataclass
-class Engine:
-    breaker: Breaker = field(default_factory=Breaker)
-
-
-class Turn:
-    """As much of a turn as a flight looks at."""
-
-    request_id, told, time_limit_s, gathers, started_s, outcome = "req_1", NOTHING_TOLD, None, False, 0.0, ""
-    completion_tokens = 100
-
-    def __init__(self) -> None:
-        self.ask = self.bound = self
-        self.tapped = OpenAITap(wants_usage=False)
-        self.first_event_s: float | None = None
-        self.tokens: Tokens | None = None
-
-    def tap(self) -> OpenAITap:
-        return self.tapped
-
-    def first_event(self) -> None:
-        self.first_event_s = 1.0
-
-    def delivered(self, tokens: Tokens) -> None:
-        self.tokens = tokens
+def turn() -> Turn:
+    """A stream's, with room for a hundred tokens."""
+    ask = Ask(
+        "chat", "/v1/chat/completions", "generate", {}, 0, is_stream=True, tap=lambda: OpenAITap(wants_usage=False)
+    )  # fmt: skip
+    bound = Bound(
+        prompt_tokens=100, output_tokens=100, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=100
+    )  # fmt: skip
+    return Turn(
+        id=uuid.uuid4(), request_id="req_1", principal=Principal(1, 1, "a", frozenset(), None), ask=ask, model="m",
+        price=Price("m", 1, 1, 1), bound=bound, hold=Hold(None, (), 0, (), lambda _: None), quota=UNLIMITED,
+        started_at=0.0, told=NOTHING_TOLD,
+    )  # fmt: skip
 
 
 class Desk:
@@ -109,13 +108,12 @@ class Air:
     """A flight with everything around it."""
 
     def __init__(self, client: Client | None = None, **bounds: float) -> None:
-        self.client, self.turn, self.desk, self.wire = client or Client(), Turn(), Desk(**bounds), Wire()
+        self.client, self.turn, self.desk, self.wire = client or Client(), turn(), Desk(**bounds), Wire()
         self.connection = UpstreamConnection(asyncio.get_running_loop())
         self.connection.connection_made(cast("Any", self.wire))
         self.landed: list[Flight] = []
         self.flight = StreamFlight(
-            cast("Any", self.desk), cast("Any", self.turn), cast("Any", Engine()), self.connection,
-            cast("Any", self.client), self.landed.append,
+            cast("Any", self.desk), self.turn, engine(), self.connection, cast("Any", self.client), self.landed.append,
         )  # fmt: skip
         self.connection.begin(b"", self.flight.news)
 
@@ -136,7 +134,6 @@ async def test_events_that_come_after_the_client_left_are_not_counted() -> None:
     air.event(3)  # before the connection said that it was lost
     assert air.landed == [air.flight]
     assert isinstance(air.flight.error, ClientGone)
-    assert air.turn.tokens is not None
     assert len(air.client.got) == air.turn.tokens.completion == 2
 
 
@@ -145,7 +142,7 @@ async def test_a_client_that_left_as_the_first_event_came_has_begun_nothing() ->
     air.says(HEAD)
     air.event(1)
     assert isinstance(air.flight.error, ClientGone)
-    assert (air.turn.first_event_s, air.turn.tokens, air.client.is_started) == (None, None, False)
+    assert (air.turn.first_event_s, air.turn.tokens, air.client.is_started) == (None, NO_TOKENS, False)
 
 
 async def test_what_was_delivered_is_counted_when_nobody_waits_any_more() -> None:
@@ -155,7 +152,6 @@ async def test_what_was_delivered_is_counted_when_nobody_waits_any_more() -> Non
     air.event(2)
     air.flight.abandon()
     air.event(3)
-    assert air.turn.tokens is not None
     assert air.turn.tokens.completion == 2
     assert (air.landed, air.desk.landings) == ([], [(air.flight, False)])
     air.flight.abandon()

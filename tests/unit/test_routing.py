@@ -1,4 +1,4 @@
-"""What the router weighs: caches, homes, sessions, regions, caps, shares; and that it does so at any size of a pool."""
+"""What the router weighs: caches, homes, sessions, regions, caps and shares."""
 
 import random
 from collections import Counter
@@ -290,23 +290,3 @@ def test_reputation_counts_where_the_operator_wants_it():
     assert chosen(engines, Wishes(session="x"), times=1, of=router(routing_reputation_tokens=5000)) == {
         "good"
     }
-
-
-def test_a_long_prompt_looks_at_a_few_engines_of_ten_thousand():
-    engines = [engine(str(number)) for number in range(10_000)]
-    snapshot, of = Snapshot.of(engines, 1), router()
-    group = snapshot.groups[M, "generate", None]
-    _ = group.ring
-    seen: list[str] = []
-
-    class Load(type(engines[0].load)):  # type: ignore[misc]
-        @property
-        def in_tokens(self) -> float:
-            seen.append("look")
-            return 0.0
-
-    for one in engines:
-        one.load = Load()
-    for system in SYSTEM:
-        of.route(snapshot, need(system))
-    assert len(seen) <= 8 * len(SYSTEM)
