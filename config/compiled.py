@@ -46,7 +46,10 @@ MODULES = (
     "gateway.records",
     "gateway.relay.downstream",
     "gateway.relay.events",
+    "gateway.relay.tap_complete",
     "gateway.relay.tap_openai",
+    "gateway.relay.tap_responses",
+    "gateway.relay.taps",
     "gateway.relay.upstream",
     "gateway.relay.upstreams",
     "gateway.tally",
@@ -60,7 +63,8 @@ MODULES = (
     "nodes.routing.scorers",
     "nodes.routing.snapshot",
 )
-"""Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed."""
+"""Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed. It
+checks annotations at run time, and a slice of bytes must not end before it begins (mypyc 2.4 raises SystemError)."""
 
 SWITCH = "POOLGATE_COMPILED"
 ROOT = Path(__file__).resolve().parent.parent

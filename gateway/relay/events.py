@@ -122,7 +122,7 @@ def answer_tokens(answer: dict[str, Any]) -> Tokens | None:
 
 
 PLAIN_ANSWER = re.compile(
-    rb'\{"id":"[^"\\]*","object":"(?:chat\.completion|text_completion|list)","created":\d+,"model":"[^"\\]*",'
+    rb'\{"id":"[0-9A-Za-z_-]*","object":"(?:chat\.completion|text_completion|list)","created":\d+,"model":"[^"\\]*",'
     rb'"(?:choices|data)":\[\{'
 )
 PLAIN_USAGE = re.compile(

@@ -6,28 +6,20 @@ import orjson
 
 from gateway.relay.events import Tokens, usage_dict
 from gateway.relay.tap_openai import OpenAITap
+from gateway.relay.taps import Tap
 
 
-class CompleteTap:
-    """Filter of one chat stream; see `gateway.relay.taps.Tap`."""
+class CompleteTap(Tap):
+    """Filter of one chat stream."""
 
-    __slots__ = ("_chat", "_finish", "_text", "error", "is_done")
+    __slots__ = ("_chat", "_finish", "_text")
 
     def __init__(self, asked: Any) -> None:
         """`asked`: the messages, whose tokens are estimated if the engine reports none."""
+        super().__init__()
         self._chat = OpenAITap(wants_usage=False, wants_every=True, asked=asked)
         self._finish: str | None = None
         self._text: list[str] = []
-        self.error: dict[str, Any] | None = None
-        self.is_done = False
-
-    @property
-    def tokens(self) -> Tokens:
-        return self._chat.tokens
-
-    @tokens.setter
-    def tokens(self, tokens: Tokens) -> None:
-        self._chat.tokens = tokens
 
     @property
     def is_whole(self) -> bool:
@@ -55,8 +47,7 @@ class CompleteTap:
             return b""
         events = self._chat.feed(data).split(b"\n\n")
         out = [self._delta(orjson.loads(event[6:])) for event in events if event.startswith(b"data: {")]
-        self.error = self._chat.error
-        self.is_done = self._chat.is_done
+        self.tokens, self.error, self.is_done = self._chat.tokens, self._chat.error, self._chat.is_done
         return b"".join(out)
 
     def _delta(self, event: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens, without_usage
+from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
@@ -26,12 +27,12 @@ _NO_CHOICES = b'"choices":[]'
 _DONE = b"data: [DONE]"
 
 
-class OpenAITap:
-    """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
+class OpenAITap(Tap):
+    """Filter of one chat or completion stream."""
 
     __slots__ = (
-        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts", "_tail", "_terminal",
-        "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
+        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts",
+        "_tail", "_terminal", "_wants_every", "_wants_usage", "finishes",
     )  # fmt: skip
 
     def __init__(
@@ -45,9 +46,7 @@ class OpenAITap:
     ) -> None:
         """`choices`: answers to expect, n times prompts. `wants_every`: the client asked for continuous usage itself.
         `asked`: messages or prompt, whose tokens are estimated if the engine reports none."""
-        self.tokens = Tokens()
-        self.error: dict[str, Any] | None = None
-        self.is_done = False
+        super().__init__()
         self.finishes = 0
         self._asked = asked
         self._wants_usage = wants_usage

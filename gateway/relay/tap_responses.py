@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 
 from gateway.relay.events import ERROR, Tokens, error_body, responses_tokens
+from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _DELTA = re.compile(rb'"delta":("(?:[^"\\]|\\.)*")')
@@ -13,20 +14,18 @@ _ENDS = (b"event: response.completed", b"event: response.incomplete")
 _FAILURES = (ERROR, b"event: error", b"event: response.failed")
 
 
-class ResponsesTap:
-    """Filter of one stream; see `gateway.relay.taps.Tap`.
+class ResponsesTap(Tap):
+    """Filter of one stream.
 
     No event before the last says how many tokens there were, so a stream that is cut is counted by tokenizer, delta by
     delta, and marked `estimated`.
     """
 
-    __slots__ = ("_asked", "_tail", "_terminal", "error", "is_done", "tokens")
+    __slots__ = ("_asked", "_tail", "_terminal")
 
     def __init__(self, asked: Any) -> None:
         """`asked`: what the prompt is made of, whose tokens are estimated until the engine has the last word."""
-        self.tokens = Tokens()
-        self.error: dict[str, Any] | None = None
-        self.is_done = False
+        super().__init__()
         self._asked = asked
         self._tail = b""
         self._terminal = b""

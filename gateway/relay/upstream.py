@@ -214,8 +214,8 @@ class UpstreamConnection(asyncio.Protocol):
         if pool is not None and pool.before_length and data.startswith(pool.before_length):
             start = len(pool.before_length)
             end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
-            digits = data[start:end]
-            if end > 0 and digits.isdigit() and data.startswith(pool.after_length, end):
+            digits = data[start:end] if end > 0 else b""
+            if digits.isdigit() and data.startswith(pool.after_length, end):
                 self._lacking = int(digits)
                 return end + len(pool.after_length) if self._lacking else 0
         match = PLAIN_HEAD.match(data)

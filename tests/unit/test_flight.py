@@ -1,7 +1,6 @@
 """One attempt at an engine, event by event: what is counted is what went to the client."""
 
 import asyncio
-import uuid
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -84,7 +83,7 @@ def turn() -> Turn:
         prompt_tokens=100, output_tokens=100, choices=1, is_limited=True, has_media=False, usual_prompt_tokens=100
     )  # fmt: skip
     return Turn(
-        id=uuid.uuid4(), request_id="req_1", principal=Principal(1, 1, "a", frozenset(), None), ask=ask, model="m",
+        request_id=new_request_id(), principal=Principal(1, 1, "a", frozenset(), None), ask=ask, model="m",
         price=Price("m", 1, 1, 1), bound=bound, hold=Hold(None, (), 0, (), lambda _: None), quota=UNLIMITED,
         started_at=0.0, told=NOTHING_TOLD,
     )  # fmt: skip
