@@ -30,8 +30,8 @@ class OpenAITap:
     """Filter of one chat or completion stream; see `gateway.relay.taps.Tap`."""
 
     __slots__ = (
-        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts", "_tail", "_terminal",
-        "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
+        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice",
+        "_prompts", "_tail", "_terminal", "_wants_every", "_wants_usage", "error", "finishes", "is_done", "tokens",
     )  # fmt: skip
 
     def __init__(
