@@ -141,10 +141,13 @@ async def recall(connection: Any, accounts: Sequence[int], budgets: Sequence[int
     await connection.execute(_RECALL, kinds, [str(entity) for entity in (*accounts, *budgets)], RECALLED_S)
 
 
-async def report(connection: Any, incarnation_id: UUID, rows: Sequence[tuple[int, int, int]]) -> None:
+async def report(
+    pool: asyncpg.Pool, incarnation_id: UUID, rows: Sequence[tuple[int, int, int]], timeout_s: float
+) -> None:
     """Tell what is free and held: (account, free, held)."""
     accounts, free, held = zip(*sorted(rows), strict=True)
-    await connection.execute(_REPORT, incarnation_id, accounts, free, held)
+    async with transaction(pool, timeout_s) as connection:
+        await connection.execute(_REPORT, incarnation_id, accounts, free, held)
 
 
 async def beat(pool: asyncpg.Pool, incarnation_id: UUID, live_s: float, timeout_s: float) -> int | None:

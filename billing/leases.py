@@ -27,7 +27,7 @@ from billing.lease_account import (
     serve,
 )
 from billing.lease_plan import SMALL_S
-from billing.lease_store import beat, report, transaction
+from billing.lease_store import beat, report
 from billing.teller import Teller
 from config.changes import EVERYTHING
 from config.clock import Clock
@@ -369,8 +369,7 @@ class SpendLeases:
             if not rows:
                 continue
             try:
-                async with transaction(self._pool, self._settings.database_timeout_s) as connection:
-                    await report(connection, self._incarnation.id, rows)
+                await report(self._pool, self._incarnation.id, rows, self._settings.database_timeout_s)
             except AWAY as error:
                 self._teller.note_away(error)
                 changed.update(batch)

@@ -63,8 +63,12 @@ MODULES = (
     "nodes.routing.scorers",
     "nodes.routing.snapshot",
 )
-"""Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed. It
-checks annotations at run time, and a slice of bytes must not end before it begins (mypyc 2.4 raises SystemError)."""
+"""Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed.
+
+In it nothing is awaited while an exception is handled, be it in `except`, `finally` or the exit of an `async with`: mypyc
+keeps what is handled for the thread, not for each coroutine, so a `raise` behind it would raise another task's. And no slice
+of bytes ends before it starts, which is an error there.
+"""
 
 SWITCH = "POOLGATE_COMPILED"
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ What it sets aside, a part of the limits and a hold of the wallet, is the turn's
 
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from billing.holds import (
@@ -116,9 +117,10 @@ class Admission:
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
-        try:
+        group: Group | None = None
+        with suppress(ModelNotLoaded):
             group = self._group(ask, principal)
-        except ModelNotLoaded:
+        if group is None:
             await self._starts.wait(ask.body["model"])
             group = self._group(ask, principal)
         now = self._clock.now()
@@ -175,14 +177,16 @@ class Admission:
 
     async def _hold(self, ask: Ask, principal: Principal, funding: Funding, group: Group) -> Hold:
         """A hold that memory did not have: of a refilled lease, of a prompt counted exactly, or a smaller one."""
+        lacking: InsufficientFunds | BudgetExceeded
         try:
             try:
                 return await self._leased(ask, principal, funding, group)
             except (InsufficientFunds, BudgetExceeded) as error:
-                above_nano = error.above_nano if isinstance(error, InsufficientFunds) else None
-                if not await self._is_shorter(ask, funding, above_nano):
-                    raise
-                return await self._leased(ask, principal, funding, group)
+                lacking = error
+            above_nano = lacking.above_nano if isinstance(lacking, InsufficientFunds) else None
+            if not await self._is_shorter(ask, funding, above_nano):
+                raise lacking
+            return await self._leased(ask, principal, funding, group)
         except InsufficientFunds:
             raise InsufficientQuota from None
         except BudgetExceeded as error:

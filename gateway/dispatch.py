@@ -10,6 +10,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -130,12 +131,11 @@ class Dispatcher:
 
     async def _chosen(self, turn: Turn, down: Downstream) -> Engine:
         """An engine for the turn, if need be after waiting for one. Raises ApiError."""
-        try:
+        with suppress(EveryEngineFull):
             return self._choose(turn)
-        except EveryEngineFull:
-            self._judge(turn, is_answered=False)
-            turn.faults = ()
-            return await self._placement.wait(turn, turn.load_tokens, down)
+        self._judge(turn, is_answered=False)
+        turn.faults = ()
+        return await self._placement.wait(turn, turn.load_tokens, down)
 
     def end_late(self) -> None:
         """Have flights looked at whose time has come; to be called every `late_s`."""

@@ -176,9 +176,12 @@ class Limiter:
         """Keep this process's presence, look for Valkey while it is away, and count, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._flights.run(), name="limits-presence")
-            while True:
-                await asyncio.sleep(COUNT_S)
-                self._count()
+            tasks.create_task(self._run_count(), name="limits-count")
+
+    async def _run_count(self) -> None:
+        while True:
+            await asyncio.sleep(COUNT_S)
+            self._count()
 
     async def close(self) -> None:
         """Give back what is left; requests that still run lose their slots to others."""

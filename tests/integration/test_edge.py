@@ -528,10 +528,7 @@ async def test_no_answer_says_what_runs_here(gw, engine):
 
 
 async def test_a_failure_inside_poolgate_is_a_500_without_its_cause(gw, monkeypatch, caplog):
-    async def broken(*_: Any) -> None:
-        raise RuntimeError("the secret cause")
-
-    monkeypatch.setattr(gw.gateway.lifecycle, "send_off", broken)
+    monkeypatch.setattr(gw.gateway.lifecycle._admission, "_registry", BrokenRegistry())
     async with wire(gw) as client:
         reply = await (await client.send(chat(gw))).reply()
         assert is_openai(reply, 500, "internal_error")
@@ -541,6 +538,14 @@ async def test_a_failure_inside_poolgate_is_a_500_without_its_cause(gw, monkeypa
     crashed = next(record for record in caplog.records if record.__dict__.get("action") == "request_crashed")
     assert crashed.__dict__["request_id"] == reply.headers["x-request-id"]
     assert "the secret cause" in str(crashed.exc_info)
+
+
+class BrokenRegistry:
+    """No turn gets beyond it."""
+
+    @property
+    def snapshot(self) -> Any:
+        raise RuntimeError("the secret cause")
 
 
 @pytest.mark.parametrize("engine_alive", [True, False])
@@ -560,9 +565,6 @@ async def test_a_key_is_in_no_log_wherever_it_was_sent(gw, engine, caplog, monke
     caplog.set_level(logging.DEBUG)
     await gw.register(engine.url)
     secret = "sk-pg-THE-SECRET-of-somebody"
-
-    def broken(*_: Any) -> None:
-        raise RuntimeError("a crash is logged with its path")
 
     def everywhere() -> list[bytes]:
         keyed = f"{PATH}?key={secret}"
@@ -588,8 +590,7 @@ async def test_a_key_is_in_no_log_wherever_it_was_sent(gw, engine, caplog, monke
                 assert secret.encode() not in reply.body
 
     await send_all()
-    for way_in in ("try_admit", "run"):
-        monkeypatch.setattr(gw.gateway.lifecycle, way_in, broken)
+    monkeypatch.setattr(gw.gateway.lifecycle._admission, "_registry", BrokenRegistry())
     await send_all()
     text = caplog.text + " ".join(str(record.__dict__) for record in caplog.records)
     assert "request_crashed" in text

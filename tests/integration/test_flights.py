@@ -6,6 +6,7 @@ Whatever way such a turn ends, it is what a turn in a task would have come to, a
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -186,18 +187,31 @@ async def test_an_answer_larger_than_its_bound_ends_a_flight(settings, pool, eng
         assert nothing_is_left(gw)
 
 
-async def test_a_fault_of_ours_in_a_flight_is_a_500_and_ends_the_turn(gw, engine, monkeypatch):
+async def test_a_fault_of_ours_in_a_flight_is_a_500_and_ends_the_turn(gw, engine):
     await warmed(gw, engine)
-    monkeypatch.setattr(gw.gateway.lifecycle._dispatcher, "answer", broken)
-    async with await gw.post(PATH, ASK) as reply:
+    await engine.knobs(ttft_ms=500)
+    asking = asyncio.create_task(gw.post(PATH, ASK))
+    await eventually(lambda: flights(gw) == 1)
+    (flight,) = gw.gateway.lifecycle._dispatcher.flights
+    flight._desk = BrokenDesk(flight._desk)
+    async with await asking as reply:
         assert (reply.status, (await reply.json())["error"]["code"]) == (500, "internal_error")
     (record,) = await gw.settled(1)
     assert (record.outcome, record.status, record.amount_nano) == ("crashed", 500, 0)
     assert nothing_is_left(gw)
 
 
-def broken(*_: object) -> None:
-    raise RuntimeError("a fault of ours")
+class BrokenDesk:
+    """Another one, until there is an answer."""
+
+    def __init__(self, desk: Any) -> None:
+        self._desk = desk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._desk, name)
+
+    def answer(self, *_: object) -> None:
+        raise RuntimeError("a fault of ours")
 
 
 async def test_many_flights_at_once_leave_nothing(gw, engine):

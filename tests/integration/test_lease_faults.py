@@ -55,12 +55,12 @@ async def test_a_report_that_comes_after_a_return_is_put_right(
 
     async with process(pool, settings, lease_report_s=0.05) as one:
 
-        async def report_late(connection: Any, incarnation: Any, rows: Any) -> None:
+        async def report_late(pool: Any, incarnation: Any, rows: Any, timeout_s: float) -> None:
             free = rows[0][1]
             if free and not late:  # by the time that it is told it went back
                 one.leases.recall(str(account))
                 await one.leases._teller.idle()
-            await report(connection, incarnation, rows)
+            await report(pool, incarnation, rows, timeout_s)
             late.append(free)
 
         monkeypatch.setattr(leases_module, "report", report_late)

@@ -1,9 +1,11 @@
 """Compiled modules are used while they are fresh and wanted; making them says what is lacking, and fails nothing."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,49 @@ def test_what_can_not_be_compiled_is_told_and_fails_nothing(
     monkeypatch.setattr(compiling, "_make", fails)
     assert compiling.main() == 0
     assert "interpreted: it could not be compiled: line 7 is beyond me" in capsys.readouterr().err
+
+
+# --- what may be compiled -------------------------------------------------------------------------------------------
+
+WAITS = (ast.Await, ast.AsyncFor, ast.AsyncWith, ast.Yield, ast.YieldFrom)
+
+ENDS_AT_ONCE = ("asyncio.timeout(", "self._slots")
+"""Contexts that `async with` leaves without waiting; a semaphore is one."""
+
+
+def waits(parts: Iterable[ast.AST]) -> bool:
+    return any(isinstance(inner, WAITS) for part in parts for inner in ast.walk(part))
+
+
+def handles_and_waits(node: ast.AST) -> bool:
+    if isinstance(node, ast.Try):
+        return waits(node.handlers) or waits(node.finalbody)
+    if isinstance(node, ast.AsyncWith):
+        contexts = [ast.unparse(item.context_expr) for item in node.items]
+        return waits(node.body) and not all(context.startswith(ENDS_AT_ONCE) for context in contexts)
+    return False
+
+
+@pytest.mark.parametrize("name", compiled.MODULES)
+def test_nothing_is_awaited_while_an_exception_is_handled(name: str):
+    """It would be another task's that is raised afterwards, or none at all."""
+    tree = ast.parse((ROOT / compiled.path_of(name, ".py")).read_text())
+    assert [node.lineno for node in ast.walk(tree) if handles_and_waits(node)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "is_refused"),
+    [
+        ("try: pass\nexcept OSError: await it", True),
+        ("try: pass\nfinally: await it", True),
+        ("async with lock: await it", True),
+        ("async with asyncio.timeout(1), lock: await it", True),
+        ("async with asyncio.timeout(1): await it", False),
+        ("async with asyncio.TaskGroup() as tasks: tasks.create_task(it)", False),
+        ("try: await it\nexcept OSError: raise", False),
+    ],
+)
+def test_what_waits_there_is_seen(source: str, is_refused: bool):
+    body = "\n".join(f"  {line}" for line in source.splitlines())
+    tree = ast.parse(f"async def work():\n{body}")
+    assert any(map(handles_and_waits, ast.walk(tree))) is is_refused

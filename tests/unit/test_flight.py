@@ -19,7 +19,7 @@ from gateway.relay.events import Tokens
 from gateway.relay.faults import EngineFault
 from gateway.relay.tap_openai import OpenAITap
 from gateway.relay.upstream import UpstreamConnection
-from gateway.turn import NO_TOKENS, Ask, Turn
+from gateway.turn import NO_TOKENS, Ask, Turn, new_request_id
 from nodes.breaker import Breaker
 from nodes.routing.snapshot import Engine
 from tests.waiting import eventually
