@@ -35,15 +35,24 @@ class Tally:
 
     def count(self, records: Sequence[UsageRecord]) -> None:
         """Turns that were settled."""
+        sums: dict[tuple[str | None, str | None, int | None], list[int]] = {}  # there are few in a batch
         for record in records:
-            if record.node_id is None or record.engine_id is None:
+            by = record.node_id, record.engine_id, record.provider_id
+            sum_ = sums.get(by)
+            if sum_ is None:
+                sum_ = sums[by] = [0, 0, 0]
+            sum_[0] += record.status < SERVED_BELOW
+            sum_[1] += record.prompt_tokens
+            sum_[2] += record.completion_tokens
+        for (node_id, engine_id, provider_id), (served, prompt, completion) in sums.items():
+            if node_id is None or engine_id is None:
                 continue
-            if record.provider_id is not None and record.status < SERVED_BELOW:
-                self._turns[record.provider_id] += 1
-            engine = record.node_id, record.engine_id
+            if provider_id is not None and served:
+                self._turns[provider_id] += served
+            engine = node_id, engine_id
             if engine in self._prompt or len(self._prompt) < ENGINES_MAX:
-                self._prompt[engine] += record.prompt_tokens
-                self._completion[engine] += record.completion_tokens
+                self._prompt[engine] += prompt
+                self._completion[engine] += completion
 
     def count_fault(self, engine: Engine) -> None:
         """A turn failed by this engine's fault, whatever became of it."""
