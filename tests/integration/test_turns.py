@@ -335,7 +335,7 @@ async def test_the_prompt_of_a_client_that_left_before_its_answer_counts_against
     asking = asyncio.create_task(
         gw.post("/v1/complete", {"model": MODEL, "prompt": "words " * 2_000, "max_tokens": 1000})
     )
-    flights = gw.gateway.lifecycle._dispatcher._awaited
+    flights = gw.gateway.lifecycle._dispatcher.flights
     await eventually(lambda: any(flight.turn.first_event_s is not None for flight in flights))
     asking.cancel()
     record = (await gw.settled(1))[0]
