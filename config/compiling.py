@@ -22,7 +22,7 @@ def main() -> int:
         return 0
     if (missing := lacking()) is not None:
         print(
-            f"poolgate will run interpreted, at a third more CPU a turn: to compile it, {missing} is missing.\n"
+            f"poolgate will run interpreted, at nearly twice the CPU a turn: to compile it, {missing} is missing.\n"
             "On Debian and Ubuntu: apt-get install gcc python3-dev; then run the same command again.",
             file=sys.stderr,
         )
