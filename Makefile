@@ -68,7 +68,7 @@ bench-peers: install-test ## install what poolgate is measured beside into .benc
 	@exec $(py) -m bench.peers
 
 clean: ## remove caches and build products (keeps $(VENV) and data)
-	@rm -rf .compiled build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .compiled* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find gateway nodes billing config tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the virtual environment -------------------------------------------------------------------------------------
