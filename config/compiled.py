@@ -1,6 +1,6 @@
 """Hot modules as machine code: mypyc makes it of the same files, and it is used where it is there and fresh.
 
-`config.compiling` makes it, which takes a C compiler and two minutes; without it every module is interpreted and does the
+`config.compiling` makes it, which takes a C compiler and a minute; without it every module is interpreted and does the
 same, a turn for nearly twice the CPU. What was made stands in `.compiled` beside the packages, with a digest of the sources
 that it was made of: when one of them has changed, it is not used. `POOLGATE_COMPILED=0` leaves it alone as well.
 """

@@ -28,7 +28,7 @@ def main() -> int:
         )
         return 0
     print(
-        f"compiling the {len(MODULES)} modules that every turn passes through (about two minutes)", flush=True
+        f"compiling the {len(MODULES)} modules that every turn passes through (about a minute)", flush=True
     )
     try:
         _make(FOLDER)
@@ -64,7 +64,7 @@ def _make(folder: Path) -> None:
         with chdir(sources):
             library = mypycify(
                 [*LENIENT, *(path_of(name, ".py") for name in MODULES)], group_name="poolgate", opt_level="2",
-                debug_level="0", target_dir=str(scaffolding / "c"),
+                debug_level="0", multi_file=True, target_dir=str(scaffolding / "c"),
             )  # fmt: skip
             command = Distribution({"name": "poolgate", "ext_modules": library}).get_command_obj("build_ext")
             command.build_lib, command.build_temp = str(making), str(scaffolding / "o")
