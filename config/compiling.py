@@ -27,9 +27,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 0
-    print(
-        f"compiling the {len(MODULES)} modules that every turn passes through (about a minute)", flush=True
-    )
+    print(f"compiling the {len(MODULES)} modules that every turn passes through (about a minute)", flush=True)
     try:
         _make(FOLDER)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - another version of mypy, a disk that is full
