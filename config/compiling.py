@@ -4,8 +4,9 @@ import os
 import shutil
 import sys
 import sysconfig
-from contextlib import chdir
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 from config.compiled import FOLDER, MODULES, ROOT, STAMP, digest, is_fresh, path_of
@@ -28,10 +29,15 @@ def main() -> int:
         )
         return 0
     print(f"compiling the {len(MODULES)} modules that every turn passes through (about a minute)", flush=True)
+    said = StringIO()  # mypyc's advice is of use only where it fails
     try:
-        _make(FOLDER)
+        with redirect_stdout(said), redirect_stderr(said):
+            _make(FOLDER)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - another version of mypy, a disk that is full
-        print(f"poolgate will run interpreted: it could not be compiled: {error}", file=sys.stderr)
+        print(
+            f"{said.getvalue()}poolgate will run interpreted: it could not be compiled: {error}",
+            file=sys.stderr,
+        )
     return 0
 
 
