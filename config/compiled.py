@@ -31,7 +31,7 @@ MODULES = (
     "config.clock",
     "config.ids",
     "gateway.admission",
-    "gateway.api.openai.chat",
+    "gateway.api.openai.asks",
     "gateway.api.openai.decode",
     "gateway.dispatch",
     "gateway.edge.connection",
@@ -65,7 +65,7 @@ MODULES = (
 )
 """Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed.
 
-In it nothing is awaited while an exception is handled, be it in `except`, `finally` or the exit of an `async with`: mypyc
+It has no docstrings, so what is told to anybody by those is elsewhere: routes and ApiErrors. In it nothing is awaited while an exception is handled, be it in `except`, `finally` or the exit of an `async with`: mypyc
 keeps what is handled for the thread, not for each coroutine, so a `raise` behind it would raise another task's. And no slice
 of bytes ends before it starts, which is an error there.
 """

@@ -27,7 +27,7 @@ from gateway.api.admin import commands as node_commands
 from gateway.api.admin import providers as admin_providers
 from gateway.api.admin import routing
 from gateway.api.inference import AskOf
-from gateway.api.openai import chat, complete, embeddings, models, responses
+from gateway.api.openai import asks, chat, complete, embeddings, models, responses
 from gateway.api.openapi import openapi_document
 from gateway.api.provider import (
     account,
@@ -120,8 +120,8 @@ ROUTES: tuple[RouteSet, ...] = (
 )
 
 TURN_ROUTES: dict[bytes, AskOf] = {
-    b"/v1/chat/completions": chat.chat_ask,
-    b"/v1/completions": chat.completion_ask,
+    b"/v1/chat/completions": asks.chat_ask,
+    b"/v1/completions": asks.completion_ask,
     b"/v1/embeddings": embeddings.embeddings_ask,
     b"/v1/responses": responses.responses_ask,
     b"/v1/complete": complete.complete_ask,

@@ -19,9 +19,9 @@ import orjson
 from billing.holds import BYTES_PER_TOKEN, USUAL_OUTPUT_TOKENS
 from billing.money import to_minor_up
 from config.defaults import Settings
-from gateway.errors import NoNodeAvailable
+from gateway.errors import EveryEngineFull, NoNodeAvailable
 from gateway.flight import Flight, Stale, StreamFlight, WholeFlight
-from gateway.placement import EveryEngineFull, Placement, is_full
+from gateway.placement import Placement, is_full
 from gateway.relay.downstream import ClientGone, Downstream
 from gateway.relay.events import Tokens, add_cost, answer_tokens, plain_tokens
 from gateway.relay.faults import EngineFault, check_answer, fault_of_answer, unreachable

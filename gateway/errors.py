@@ -151,6 +151,10 @@ class NoNodeAvailable(ApiError):
     status, type, code = 503, "server_error", "no_node_available"
 
 
+class EveryEngineFull(NoNodeAvailable):
+    """Every node that serves this model is busy. Try again shortly."""
+
+
 class Unavailable(ApiError):
     """A part of the service that this request needs is away. Try again shortly."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from config.defaults import Settings
 from config.metrics import Metrics
-from gateway.errors import NoNodeAvailable
+from gateway.errors import EveryEngineFull, NoNodeAvailable
 from gateway.hints import EXPLAIN
 from gateway.relay.downstream import Downstream
 from gateway.relay.faults import EngineFault
@@ -29,10 +29,6 @@ CANDIDATES_TOLD = 8
 
 ADMIN = "admin"
 """The scope whose keys may ask why."""
-
-
-class EveryEngineFull(NoNodeAvailable):
-    """Every node that serves this model is busy. Try again shortly."""
 
 
 class Placement:

@@ -175,3 +175,9 @@ def test_what_waits_there_is_seen(source: str, is_refused: bool):
     body = "\n".join(f"  {line}" for line in source.splitlines())
     tree = ast.parse(f"async def work():\n{body}")
     assert any(map(handles_and_waits, ast.walk(tree))) is is_refused
+
+
+@pytest.mark.parametrize("name", compiled.MODULES)
+def test_no_route_is_compiled(name: str):
+    """Its handler's docstring, which describes it in the API document, would be gone; `test_errors` sees to errors."""
+    assert "routes.post(" not in (ROOT / compiled.path_of(name, ".py")).read_text()
