@@ -66,9 +66,9 @@ MODULES = (
 """Those that every turn passes through. What is compiled can't be patched from outside, nor its classes be subclassed.
 
 It has no docstrings, so what users are told by those is elsewhere: routes and ApiErrors. In it nothing is awaited while an
-exception is handled, be it in `except`, `finally` or the exit of an `async with`: mypyc keeps what is handled for the thread,
-not for each coroutine, so a `raise` behind it would raise another task's. And no slice of bytes ends before it starts, which
-is an error there.
+exception is handled, be it in `except`, `finally` or the exit of an `async with`: mypyc keeps what is handled for the
+thread, not for each coroutine, so a `raise` behind it would raise another task's. And no slice of bytes ends before it
+starts, which is an error there.
 """
 
 SWITCH = "POOLGATE_COMPILED"

@@ -40,6 +40,9 @@ class Request:
         return None
 
 
+FULL_BYTES = 2**20
+
+
 class Connection(asyncio.Protocol):
     def __init__(self, engine: "Engine") -> None:
         self.engine = engine
@@ -87,6 +90,11 @@ class Connection(asyncio.Protocol):
         if self.turn is not None:
             self.turn.client_left()
             self.turn = None
+
+    @property
+    def is_full(self) -> bool:
+        """More waits for the client than it will take in a while."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > FULL_BYTES
 
     def pause_writing(self) -> None:
         self.is_paused = True

@@ -26,6 +26,8 @@ class Client(Protocol):
     is_paused: bool
     last_headers: bytes
 
+    @property
+    def is_full(self) -> bool: ...
     def write(self, data: bytes) -> None: ...
     def done(self) -> None: ...
     def drop(self) -> None: ...
@@ -136,6 +138,11 @@ class Turn:
                 self._end_stream("finished")
                 return
             if self.written >= self.produced or self._group_end() > self.produced:
+                return
+            if (
+                self.client.is_full
+            ):  # uvloop says so at the end of a tick only, in which all of it could be written
+                self.engine.loop.call_soon(self.flush)
                 return
 
     def go_on(self, events: int) -> None:
