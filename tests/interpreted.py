@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from config.compiled import MODULES, CompiledFinder, is_used
-
-PACKAGES = ("billing", "config", "gateway", "nodes")
+from config.compiling import PACKAGES
 
 
 @contextmanager

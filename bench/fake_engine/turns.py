@@ -139,9 +139,8 @@ class Turn:
                 return
             if self.written >= self.produced or self._group_end() > self.produced:
                 return
-            if (
-                self.client.is_full
-            ):  # uvloop says so at the end of a tick only, in which all of it could be written
+            # uvloop says `is_paused` at the end of a tick only, in which all of it could be written.
+            if self.client.is_full:
                 self.engine.loop.call_soon(self.flush)
                 return
 

@@ -384,9 +384,8 @@ class UpstreamPool:
         self._idle: deque[tuple[UpstreamConnection, float]] = deque()
         self._closed = False
         self._heads: dict[str, bytes] = {}  # by path: there are five
-        self.before_length = self.after_length = (
-            b""  # of the last plain head, around the digits of its length
-        )
+        # Of the last plain head, around the digits of its length.
+        self.before_length = self.after_length = b""
 
     def __repr__(self) -> str:
         return f"<UpstreamPool {self.host}:{self.port} idle={len(self._idle)}>"
