@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
 from config.compiled import MODULES, CompiledFinder, is_used
@@ -15,6 +16,8 @@ def interpreted() -> Iterator[None]:
     if not is_used():
         yield
         return
+    for package in PACKAGES:  # each asks for machine code when it is first imported
+        import_module(package)
     known = _ours()
     for name in MODULES:
         sys.modules.pop(name, None)
