@@ -13,7 +13,7 @@ when they are normalized, and media, whose bytes are no text.
 
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
@@ -32,28 +32,28 @@ SHAPES: dict[str, Shape] = {
 }
 """How a request is read, by the engine's path that it goes to."""
 
-TOKENS_MAX = 2**31 - 1
+TOKENS_MAX: Final = 2**31 - 1
 """The largest token limit that can be asked for: what money without end buys."""
 
-COMPLETION_TOKENS_DEFAULT = 16
+COMPLETION_TOKENS_DEFAULT: Final = 16
 """What /v1/completions generates if no limit is named; OpenAI's number, and vLLM's."""
 
-USUAL_OUTPUT_TOKENS = 256
+USUAL_OUTPUT_TOKENS: Final = 256
 """What an answer without a token limit is taken for where a likely number is asked for, not a bound."""
 
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 """Of a usual text. It makes estimates, never bounds."""
 
-SPECIAL_TOKENS = 2
+SPECIAL_TOKENS: Final = 2
 """What a tokenizer may put around each bare prompt: the marks of its beginning and end."""
 
-TOOL_TOKENS = 64
+TOOL_TOKENS: Final = 64
 """What a template may write for each tool beyond its JSON: fields that were left out as nulls, and a heading."""
 
-INDENT_GROWTH = 2
+INDENT_GROWTH: Final = 2
 """Templates write tools with indents of up to 4 (Llama's), twice those that orjson can measure."""
 
-ARGUMENTS_GROWTH = 4
+ARGUMENTS_GROWTH: Final = 4
 """A call's arguments are read and written anew: `1e15,` becomes `1000000000000000.0, `, the most that JSON can grow so."""
 
 NORMAL_GROWTH: dict[Literal["NFC", "NFKC"], int] = {"NFC": 3, "NFKC": 11}
@@ -61,10 +61,10 @@ NORMAL_GROWTH: dict[Literal["NFC", "NFKC"], int] = {"NFC": 3, "NFKC": 11}
 generate leave text alone or use NFC (Qwen), those of embeddings use NFKC (XLM-R). Escaped text has the room in its escapes:
 six bytes are as much as NFC makes of any character that one escape can stand for (NFKC makes up to 33 of one)."""
 
-ESCAPE = b"\\u"
+ESCAPE: Final = b"\\u"
 """How JSON writes a character in ASCII."""
 
-NORMAL_CHECK_BYTES = 2**18
+NORMAL_CHECK_BYTES: Final = 2**18
 """Longer texts are not looked at (0.5 ms) but taken to grow; they exceed most contexts, which bound them instead."""
 
 MEDIA: dict[str, MediaKind] = {

@@ -206,7 +206,7 @@ class Journal:
         except OSError as error:
             self._has_no_room = True
             log.critical("there is no room for a turn's record, which is lost: %s", error, extra={
-                "action": "journal_full", "turn_id": str(record.turn_id), "account_id": record.account_id,
+                "action": "journal_full", "turn_id": record.turn_id, "account_id": record.account_id,
                 "amount_nano": record.amount_nano,
             })  # fmt: skip
             raise JournalFull(str(error)) from error

@@ -4,8 +4,9 @@ Nothing here knows a price, an account or a wire format; a float never meets an 
 """
 
 import re
+from typing import Final
 
-NANO = 10**9
+NANO: Final = 10**9
 """Nano in one major unit."""
 
 AMOUNT = re.compile(r"(-?)([0-9]{1,9})(?:\.([0-9]{1,9}))?")  # the largest fits a bigint ninefold

@@ -11,22 +11,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import config
 from billing.money import parse_amount
 
-TOKENS_PER_PRICE = 10**6
+TOKENS_PER_PRICE: Final = 10**6
 """Prices are for a million tokens, as the trade quotes them."""
 
-ONLINE_PERCENT = 100
+ONLINE_PERCENT: Final = 100
 """What a turn costs, as a percentage of its price, unless it is part of a batch (setting batch_price_percent)."""
 
-PERCENT_TOKENS = ONLINE_PERCENT * TOKENS_PER_PRICE
+PERCENT_TOKENS: Final = ONLINE_PERCENT * TOKENS_PER_PRICE
 
 PACKAGED = Path(config.__file__).resolve().parent / "pricebook.toml"
 
-DEFAULT = "default"
+DEFAULT: Final = "default"
 PRICES = ("prompt", "cached_prompt", "completion")
 SIZES = (
     "context_length", "max_tokens", "vram_required_gb", "image_tokens", "audio_tokens", "video_tokens",

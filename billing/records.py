@@ -6,23 +6,23 @@ files are journal_files.py's.
 
 import json
 import math
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import orjson
 
 from billing.usage import UsageRecord
 
-VERSION = 1
+VERSION: Final = 1
 """First element of each list; a record with another layout gets another one."""
 
-UNENCODABLE = 0
+UNENCODABLE: Final = 0
 """Version of a record that JSON or its length refuse: [0, turn id, what it was as text]. It goes to quarantine."""
 
 OF_VERSION = b"[%d," % VERSION
 """How each record begins that this version of poolgate can read."""
 
-RECORD_BYTES_MAX = 32 * 2**10
+RECORD_BYTES_MAX: Final = 32 * 2**10
 """Longest record: a usual one has 350 bytes, the longest text that may not be cut (an Idempotency-Key) fits a header."""
 
 TEXT_MAX = 1000
@@ -54,7 +54,7 @@ def decode(payload: bytes) -> UsageRecord:
         fields: list[Any] = orjson.loads(payload)
         if fields[0] != VERSION:
             raise ValueError(f"a record of version {fields[0]!r}")
-        fields[_TURN_ID] = UUID(fields[_TURN_ID])
+        fields[_TURN_ID] = UUID(fields[_TURN_ID]).hex  # with hyphens in journals of earlier versions
         fields[_STARTED_AT] = _float(fields[_STARTED_AT], math.nan)
         fields[_BUDGETS] = tuple((budget, _float(start, -math.inf)) for budget, start in fields[_BUDGETS])
         return UsageRecord(*fields[1:])

@@ -8,7 +8,6 @@ How a record comes into the book, and its sums with it, is shipment.py's; who ma
 import datetime as dt
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
-from uuid import UUID
 
 import asyncpg
 
@@ -16,7 +15,7 @@ import asyncpg
 class UsageRecord(NamedTuple):
     """What a settled turn used and costs. A tuple: that is how it is written."""
 
-    turn_id: UUID
+    turn_id: str  # the 32 digits of its UUID
     account_id: int
     key_id: int
     started_at: float  # unix seconds

@@ -7,17 +7,9 @@ import os
 import threading
 import time
 import uuid
-from array import array
+from typing import Final
 
-_TAIL_BITS = 32
-_TAIL = (1 << _TAIL_BITS) - 1
-_STEP = 1 << _TAIL_BITS
-_LOW_MAX = (1 << 30) - 1  # the counter's bits behind the variant; 12 stand before it
-_LOW_SEED = (1 << 29) - 1
-_HIGH_SEED_AT = 64 - 11
-_VERSION_AND_VARIANT = 7 << 76 | 0b10 << 62
-
-_RANDOM_BYTES = 4096
+_RANDOM_BYTES: Final = 4096
 """Drawn from the system at once: a call for each id would be most of what it costs."""
 
 # A UUID's own constructor checks what we know, and takes longer than everything else here.
@@ -25,51 +17,83 @@ _new = object.__new__
 _set_int = uuid.UUID.__dict__["int"].__set__
 _set_safety = uuid.UUID.__dict__["is_safe"].__set__
 _Uuid = uuid.UUID
-_UNKNOWN = uuid.SafeUUID.unknown
+_UNKNOWN: Final = uuid.SafeUUID.unknown
+
+
+_SEEDS: Final = 256
+_SEED_BYTES: Final = 6
+_SEED_RANDOM: Final = int("07ff1fffffff" * _SEEDS, 16)
+_SEED_FIXED: Final = int("700080000000" * _SEEDS, 16)
+"""Of 4 bits of version, 12 of the counter, 2 of variant and 30 more of the counter: those drawn at random, and those set."""
+
+_CARRIED_MAX: Final = 0xBFFFFF
+"""Of the second part without its last byte, the variant included."""
 
 
 class _Ids:
-    """Makes the numbers. A state of its own, because a module's variables are slow when compiled."""
+    """Makes the digits. A state of its own, because a module's variables are slow when compiled."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._last_ms = 0
-        self._head = 0  # the newest id without its last 32 bits
-        self._steps = 0  # how often its counter can still be raised
-        self._random: list[int] = []
+        self._stem = ""  # the newest id's first 22 digits: its time, and the counter without
+        self._count = 0  # its last byte
+        self._bytes = [f"{byte:02x}" for byte in range(256)]
+        self._values = {digits: byte for byte, digits in enumerate(self._bytes)}
+        self._age = 0  # milliseconds without their last byte, and their digits
+        self._age_digits = ""
+        self._seeds: list[str] = []
+        self._tails: list[str] = []
 
-    def next(self) -> int:
-        """One that is greater than all before."""
+    def next(self) -> str:
+        """32 digits, of a number that is greater than all before."""
         now_ms = time.time_ns() // 1_000_000
         self._guard.acquire()  # `with` is slow when compiled
         try:
-            if now_ms <= self._last_ms and self._steps:
-                self._steps -= 1
-                self._head += _STEP
+            if now_ms > self._last_ms:
+                self._begin(now_ms)
+            elif self._count < 255:
+                self._count += 1
             else:
-                self._last_ms = now_ms if now_ms > self._last_ms else self._last_ms + 1
-                drawn = self._drawn()
-                low = drawn & _LOW_SEED
-                self._steps = _LOW_MAX - low
-                # 48 bits of time, 4 of version, 12 of counter, 2 of variant, 30 more of counter, 32 of tail.
-                high = self._last_ms << 80 | _VERSION_AND_VARIANT | drawn >> _HIGH_SEED_AT << 64
-                self._head = high | low << _TAIL_BITS
-            return self._head | self._drawn() & _TAIL
+                self._carry()
+            if not self._tails:
+                self._tails = _cut(os.urandom(_RANDOM_BYTES), 4)
+            return self._stem + self._bytes[self._count] + self._tails.pop()
         finally:
             self._guard.release()
 
-    def _drawn(self) -> int:
-        """64 random bits."""
-        if not self._random:
-            self._random = array("Q", os.urandom(_RANDOM_BYTES)).tolist()
-        return self._random.pop()
+    def _begin(self, ms: int) -> None:
+        """Go on in another millisecond."""
+        self._last_ms = ms
+        if ms >> 8 != self._age:
+            self._age, self._age_digits = ms >> 8, f"{ms >> 8:010x}"
+        if not self._seeds:
+            drawn = int.from_bytes(os.urandom(_SEED_BYTES * _SEEDS), "big") & _SEED_RANDOM | _SEED_FIXED
+            self._seeds = _cut(drawn.to_bytes(_SEED_BYTES * _SEEDS, "big"), _SEED_BYTES)
+        seed = self._seeds.pop()
+        self._stem = self._age_digits + self._bytes[ms & 0xFF] + seed[:10]
+        self._count = self._values[seed[10:]]
+
+    def _carry(self) -> None:
+        """The counter's last byte is at its end."""
+        carried = int(self._stem[16:], 16)
+        if carried == _CARRIED_MAX:
+            self._begin(self._last_ms + 1)
+        else:
+            self._stem, self._count = f"{self._stem[:16]}{carried + 1:06x}", 0
 
     def forget(self) -> None:
         """A forked child must not draw what its parent draws, nor wait for a lock that a thread of the parent held."""
-        self._random, self._guard = [], threading.Lock()
+        self._seeds, self._tails, self._guard = [], [], threading.Lock()
 
 
-_ids = _Ids()
+def _cut(drawn: bytes, size: int) -> list[str]:
+    """The digits of each so many bytes."""
+    digits = drawn.hex()
+    return [digits[at : at + 2 * size] for at in range(0, len(digits), 2 * size)]
+
+
+_ids: Final = _Ids()
 
 
 def uuid7() -> uuid.UUID:
@@ -79,17 +103,12 @@ def uuid7() -> uuid.UUID:
     low 30 bits clear (RFC 9562 6.2, method 1), and 32 random bits. A clock that goes back does not: the last millisecond
     stays. So it does for half a billion ids, after which the next one begins.
     """
-    return _uuid(_ids.next())
+    return _uuid(int(_ids.next(), 16))
 
 
 def hex7() -> str:
     """The 32 hexadecimal digits of such a UUID."""
-    return _ids.next().to_bytes(16, "big").hex()
-
-
-def uuid_of(digits: str) -> uuid.UUID:
-    """The UUID that 32 hexadecimal digits of ours stand for. ValueError for anything else."""
-    return _uuid(int(digits, 16))
+    return _ids.next()
 
 
 def _uuid(value: int) -> uuid.UUID:

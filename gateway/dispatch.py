@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -36,7 +36,7 @@ from nodes.routing.snapshot import Engine
 
 log = logging.getLogger("poolgate.turns")
 
-OUTPUT_TOKENS_GUESS_MAX = 1024
+OUTPUT_TOKENS_GUESS_MAX: Final = 1024
 """What answers with a large token limit count for as load: few are longer."""
 
 

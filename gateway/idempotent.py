@@ -163,7 +163,7 @@ class Collected:
             return None
         return Answer(self._status, self._headers, b"".join(self._parts), self._is_stream)
 
-    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
+    def start(self, headers: dict[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = self._is_stream = True
         self._keep_head(200, {**headers, **told})
         if (client := self._present) is not None:
@@ -180,7 +180,7 @@ class Collected:
         if (client := self._present) is not None:
             client.finish(data)
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
         self.is_started = self._is_whole = True
         self._keep_head(status, {**headers, **told})
         self._keep(body)

@@ -4,19 +4,21 @@ import asyncio
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from billing.usage import UsageRecord
 from config.logs import Bulk, Shape, bulk
 from config.metrics import SECONDS, Metrics
+from gateway.turn import ID_PREFIX
 
 log = logging.getLogger("poolgate.turns")
 
 BATCH_S = 0.1
 """Metrics and log lines lag this much. A batch takes 3 µs a turn in one go, which turns that come meanwhile wait for."""
 
-BOUNDS_MS = tuple(round(bound * 1000) for bound in SECONDS)
+BOUNDS_MS: Final = tuple(round(bound * 1000) for bound in SECONDS)
 
-LINE = Shape(
+LINE: Final = Shape(
     log.name,
     logging.INFO,
     "turn",
@@ -142,7 +144,7 @@ def _log_together(noted: Sequence[UsageRecord], lines: Bulk) -> None:
         (
             shown[f"{record.surface} {record.model} {record.outcome}"],
             (
-                "req_" + record.turn_id.hex, record.account_id, record.key_id,
+                ID_PREFIX + record.turn_id, record.account_id, record.key_id,
                 shown[f"{record.node_id}/{record.engine_id}"], record.status, record.prompt_tokens,
                 record.cached_tokens, record.completion_tokens,
                 null if record.ttft_ms is None else record.ttft_ms, record.duration_ms, record.amount_nano,
@@ -156,7 +158,7 @@ def _log_each(noted: Sequence[UsageRecord]) -> None:
     for record in noted:
         extras = {
             "action": LINE.action,
-            "request_id": f"req_{record.turn_id.hex}",
+            "request_id": ID_PREFIX + record.turn_id,
             "account_id": record.account_id,
             "key_id": record.key_id,
             "engine": f"{record.node_id}/{record.engine_id}",

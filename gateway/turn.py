@@ -4,10 +4,9 @@ Holds what is known of it so far and nothing that acts; `gateway.lifecycle` move
 """
 
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from billing.holds import Bound
 from billing.leases import Hold
@@ -15,7 +14,7 @@ from billing.limits import Admission as Quota
 from billing.limits.headers import Told
 from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
-from config.ids import hex7, uuid_of
+from config.ids import hex7
 from gateway.hints import Hints
 from gateway.identity.keyring import Principal
 from gateway.relay.events import Tokens
@@ -27,21 +26,21 @@ Outcome = Literal["finished", "timeout", "refused", "client_gone", "engine_faile
 """How a turn ended. `timeout`: /v1/complete's bound. `refused`: nothing was sent to an engine, or every engine said no.
 `cut`: the gateway stopped and the turn outlived its grace. `crashed`: a fault of ours, which is in the log."""
 
-OVERRUN_STEP = 64
+OVERRUN_STEP: Final = 64
 """Tokens that an engine may pass a limit by at a time, each step paid for before the next. What it says it did beyond
 that is not believed: a provider could else say anything and be paid for it."""
 
-NO_TOKENS = Tokens()
+NO_TOKENS: Final = Tokens()
 """Nothing was delivered; never changed."""
 
-CLIENT_CLOSED = 499
+CLIENT_CLOSED: Final = 499
 """Recorded as the status of a turn whose client left before it got one (nginx's number for it)."""
 
 
-NEW_TUPLE = tuple.__new__
+NEW_TUPLE: Final = tuple.__new__
 
-ID_PREFIX = "req_"
-"""How the id of a request begins; a turn's is the number behind it."""
+ID_PREFIX: Final = "req_"
+"""How the id of a request begins; a turn's is the rest."""
 
 
 def new_request_id() -> str:
@@ -106,7 +105,7 @@ class Turn:
     `load_tokens`: what it counts for as load on its engine. `faults`: of the engines that were tried in vain, in order.
     """
 
-    id: uuid.UUID
+    id: str
     request_id: str
     principal: Principal
     ask: Ask
@@ -138,7 +137,7 @@ class Turn:
         self, request_id: str, principal: Principal, ask: Ask, model: str, price: Price, bound: Bound, hold: Hold,
         quota: Quota, started_at: float, told: Told,
     ) -> None:  # fmt: skip
-        self.id = uuid_of(request_id[len(ID_PREFIX) :])
+        self.id = request_id[len(ID_PREFIX) :]
         self.request_id = request_id
         self.principal = principal
         self.ask = ask

@@ -11,7 +11,7 @@ import asyncpg
 from billing.journal import Journal
 from billing.usage import UsageRecord
 from config.defaults import Settings
-from config.ids import uuid7
+from config.ids import hex7, uuid7
 
 NOW = time.time()
 
@@ -19,7 +19,7 @@ NOW = time.time()
 def turn(**changes: Any) -> UsageRecord:
     """A turn of account 1 that cost 100."""
     record = UsageRecord(
-        turn_id=uuid7(), account_id=1, key_id=1, started_at=NOW, surface="openai", model="m", node_id="n",
+        turn_id=hex7(), account_id=1, key_id=1, started_at=NOW, surface="openai", model="m", node_id="n",
         engine_id="e", stream=True, outcome="finished", status=200, prompt_tokens=10, cached_tokens=4,
         completion_tokens=5, estimated=False, ttft_ms=12, duration_ms=80, amount_nano=100, price_ref="m@start",
     )  # fmt: skip

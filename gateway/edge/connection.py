@@ -7,7 +7,7 @@ What comes behind a request waits until that is answered, a bounded part of it h
 import asyncio
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gateway.api.inference import AskOf
 from gateway.edge.handover import ClientProtocol, Lent
@@ -17,12 +17,12 @@ from gateway.errors import ApiError, RequestTimeout
 if TYPE_CHECKING:
     from gateway.edge.door import Door
 
-END_OF_HEAD = b"\r\n\r\n"
+END_OF_HEAD: Final = b"\r\n\r\n"
 
-HEAD_BYTES_MAX = 65536
+HEAD_BYTES_MAX: Final = 65536
 """Of a head that has not ended it is aiohttp that says no: 128 fields within their bound may be longer than this."""
 
-AHEAD_BYTES_MAX = 65536
+AHEAD_BYTES_MAX: Final = 65536
 """Bytes kept of what a client sends before its last request was answered; beyond it the socket is not read."""
 
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
@@ -30,7 +30,7 @@ EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 HARDLY_HTTP = re.compile(rb"\A(?!\r\Z|[A-Z]{1,20}(?: |\Z))|[^\r]\n|\x00")
 """In a head that has not ended: it is no request, or has a line end that is none. llhttp says so at once."""
 
-NEVER = float("inf")
+NEVER: Final = float("inf")
 
 
 class ServedTurn(Protocol):
@@ -76,7 +76,7 @@ class Over:
         """Nothing is left to say."""
 
 
-OVER = Over()
+OVER: Final = Over()
 
 
 class EdgeConnection(asyncio.Protocol):

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.lengths import length_of_rest
+
 HEAD = re.compile(
     rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) (/[!-~]*|\*) HTTP/1\.([01])\r\n"
     rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
@@ -86,17 +88,11 @@ class Head:
     def body_again(self, data: bytes) -> bytes | None:
         """The body, where `data` is one whole request whose head is this one but for the digits of the length."""
         before, after = self.before, self.after
-        if not before or not data.startswith(before):
+        length = length_of_rest(len(data) - len(before) - len(after))
+        if not before or not 0 <= length <= self.body_bytes_max:
             return None
-        start = len(before)
-        end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
-        if end < 0:
-            return None
-        digits = data[start:end]
-        if not digits.isdigit() or not data.startswith(after, end):
-            return None
-        body = data[end + len(after) :]
-        return body if len(body) == int(digits) <= self.body_bytes_max else None
+        head = b"%b%d%b" % (before, length, after)
+        return data[len(head) :] if data.startswith(head) else None
 
 
 def read_head(raw: bytes) -> Head | None:

@@ -6,29 +6,29 @@ transport's limit, because the lifecycle pauses the engine when `is_full`.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
 from billing.limits.headers import NOTHING_TOLD, Told
 
-EVENT_STREAM = {
+EVENT_STREAM: Final = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would hold events back
 }
 
 
-KEEPING = {
+KEEPING: Final = {
     (True, True): b"\r\n", (True, False): b"connection: keep-alive\r\n\r\n",
     (False, True): b"connection: close\r\n\r\n", (False, False): b"connection: close\r\n\r\n",
 }  # fmt: skip
 """How a head ends: what it says of the next request, by whether one may come and whether the client speaks HTTP/1.1."""
 
-STATUS_LINES = {
+STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
 
@@ -55,7 +55,7 @@ class Downstream(Protocol):
         """The client is slower than the engine: stop until `drained`."""
         ...
 
-    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
+    def start(self, headers: dict[str, str], told: Told = NOTHING_TOLD) -> None:
         """Send status 200 and the head of a stream; `told` are more headers, which many answers share."""
         ...
 
@@ -67,7 +67,7 @@ class Downstream(Protocol):
         """Send the last of a stream."""
         ...
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
         """Send a whole answer at once; `told` as in `start`."""
         ...
 
@@ -136,7 +136,7 @@ class HttpDownstream:
         transport = self._transport
         return transport is not None and transport.get_write_buffer_size() > self._connection.buffer_bytes
 
-    def start(self, headers: Mapping[str, str], told: Told = NOTHING_TOLD) -> None:
+    def start(self, headers: dict[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
         self._chunked = self._is_http_11
         if not self._chunked:  # HTTP/1.0 knows no chunks: the end of the connection ends the body
@@ -153,7 +153,7 @@ class HttpDownstream:
         elif data:
             self._send(data)
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes, told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
         self._send(
             b"%b%b%bcontent-length: %d\r\n%b%b"
@@ -192,12 +192,15 @@ class HttpDownstream:
             transport.write(data)
 
 
-def lines_of(headers: Mapping[str, str]) -> bytes:
+def lines_of(headers: dict[str, str]) -> bytes:
     """Headers as they stand in a head, each with its end of line."""
-    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
+    lines = ""
+    for name, value in headers.items():
+        lines += f"{name}: {value}\r\n"
+    return lines.encode("latin-1")
 
 
-def whole_head(status: int, headers: Mapping[str, str]) -> bytes:
+def whole_head(status: int, headers: dict[str, str]) -> bytes:
     """A head with just these headers."""
     return b"".join((STATUS_LINES[status], lines_of(headers), b"\r\n"))
 

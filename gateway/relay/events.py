@@ -6,22 +6,22 @@ bare quotes is sound, because inside a JSON string a quote is escaped.
 
 import re
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import orjson
 
-COUNT_MAX = 10**12
+COUNT_MAX: Final = 10**12
 """A count beyond it is none: no context has so many, and what it costs would fit no column."""
 
-USAGE = re.compile(
+USAGE: Final = re.compile(
     rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+(?:,"completion_tokens":(\d{1,12}))?'
     rb'((?:,"[a-z_]+":(?:null|\d{1,12}|\{[^{}]*\}))*)\}'
 )
-RESPONSES_USAGE = re.compile(
+RESPONSES_USAGE: Final = re.compile(
     rb'"usage":\{"input_tokens":(\d{1,12}),.*?"output_tokens":(\d{1,12})\b', re.DOTALL
 )
-CACHED = re.compile(rb'"cached_tokens":(\d{1,12})\b')
-ERROR = b'data: {"error":'
+CACHED: Final = re.compile(rb'"cached_tokens":(\d{1,12})\b')
+ERROR: Final = b'data: {"error":'
 
 
 @dataclass(slots=True, init=False)
@@ -90,7 +90,7 @@ def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and 0 <= value < COUNT_MAX
 
 
-FLAT_USAGE = re.compile(rb',"usage":\{[^{}]*\}')
+FLAT_USAGE: Final = re.compile(rb',"usage":\{[^{}]*\}')
 
 
 def without_usage(events: bytes) -> bytes:
@@ -121,15 +121,26 @@ def answer_tokens(answer: dict[str, Any]) -> Tokens | None:
     return tokens_of(usage, RESPONSES_COUNTS if isinstance(answer.get("output"), list) else COUNTS)
 
 
-PLAIN_ANSWER = re.compile(
-    rb'\{"id":"[0-9A-Za-z_-]*","object":"(?:chat\.completion|text_completion|list)","created":\d+,"model":"[^"\\]*",'
-    rb'"(?:choices|data)":\[\{'
-)
-PLAIN_USAGE = re.compile(
-    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+,"completion_tokens":(\d{1,12})'
-    rb'(?:,"prompt_tokens_details":null)?(?:,"completion_tokens_details":null)?\}'
-)
-"""As vLLM writes it unless it tells of cached tokens; found in a third of the time that USAGE takes."""
+# An answer as vLLM writes it, piece by piece.
+_ID: Final = b'{"id":"'
+_CHAT: Final = b'","object":"chat.completion","created":'
+_COMPLETION: Final = b'","object":"text_completion","created":'
+_LIST: Final = b'","object":"list","created":'
+_MODEL: Final = b',"model":"'
+_CHOICES: Final = b'","choices":[{'
+_DATA: Final = b'","data":[{'
+_USAGE: Final = b',"usage":{"prompt_tokens":'
+_TOTAL: Final = b',"total_tokens":'
+_COMPLETION_TOKENS: Final = b',"completion_tokens":'
+_NO_DETAILS: Final = b"}"
+_NULL_DETAILS: Final = b',"prompt_tokens_details":null'
+_ALL_NULL: Final = b',"prompt_tokens_details":null,"completion_tokens_details":null'
+
+_QUOTE: Final = ord('"')
+_BACKSLASH: Final = ord("\\")
+_ZERO: Final = ord("0")
+_NINE: Final = ord("9")
+_DIGITS_MAX: Final = 12
 
 
 def plain_tokens(body: bytes) -> Tokens | None:
@@ -137,16 +148,65 @@ def plain_tokens(body: bytes) -> Tokens | None:
 
     Its beginning says that it is an answer and no error, and its bare quotes that the last `,"usage":{` is its own.
     """
-    if PLAIN_ANSWER.match(body) is None:
+    if not _begins_plainly(body):
         return None
     at = body.rfind(b',"usage":{')
     if at < 0:
         return None
-    plain = PLAIN_USAGE.match(body, at)
-    if plain is not None:
-        return Tokens(int(plain[1]), 0, int(plain[2]))
+    prompt, end = _count(body, _past(_USAGE, body, at))
+    _, end = _count(body, _past(_TOTAL, body, end))
+    completion, end = _count(body, _past(_COMPLETION_TOKENS, body, end))
+    for details in (_NULL_DETAILS, _NO_DETAILS, _ALL_NULL):
+        after = _past(details, body, end)
+        if after >= 0 and (details is _NO_DETAILS or _past(_NO_DETAILS, body, after) >= 0):
+            return Tokens(prompt, 0, completion)
     match = USAGE.match(body, at)
     return None if match is None else usage_tokens(match)
+
+
+def _begins_plainly(body: bytes) -> bool:
+    """Whether these are an answer's id, kind, time and model, and the first of what it has."""
+    quote = _quote(body, _past(_ID, body, 0))
+    at = _past(_CHAT, body, quote)
+    if at < 0:
+        at = max(_past(_COMPLETION, body, quote), _past(_LIST, body, quote))
+    _, at = _count(body, at)
+    quote = _quote(body, _past(_MODEL, body, at))
+    return _past(_CHOICES, body, quote) >= 0 or _past(_DATA, body, quote) >= 0
+
+
+# Each of these looks at one place, and takes and gives -1 where something before was not as it should be. Compiled, they
+# take a third of the time of a regular expression.
+
+
+def _past(text: bytes, data: bytes, at: int) -> int:
+    """Where `text` ends, which begins at that place."""
+    end = at + len(text)
+    return end if at >= 0 and data[at:end] == text else -1
+
+
+def _quote(data: bytes, at: int) -> int:
+    """Where the quote is that ends a JSON string without escapes."""
+    if at < 0:
+        return -1
+    for place in range(at, len(data)):
+        byte = data[place]
+        if byte == _QUOTE:
+            return place
+        if byte == _BACKSLASH:
+            return -1
+    return -1
+
+
+def _count(data: bytes, at: int) -> tuple[int, int]:
+    """A count, and where it ends."""
+    if at < 0:
+        return 0, -1
+    count, end = 0, at
+    while end < len(data) and _ZERO <= data[end] <= _NINE:
+        count = count * 10 + data[end] - _ZERO
+        end += 1
+    return (count, end) if 0 < end - at <= _DIGITS_MAX else (0, -1)
 
 
 def usage_dict(tokens: Tokens) -> dict[str, int]:
@@ -157,4 +217,5 @@ def usage_dict(tokens: Tokens) -> dict[str, int]:
 
 def add_cost(body: bytes, cost_minor: int) -> bytes:
     """`cost_halala` as the last field of a JSON object."""
-    return body[: body.rindex(b"}")] + b',"cost_halala":%d}' % cost_minor
+    end = len(body) - 1 if body.endswith(b"}") else body.rindex(b"}")
+    return b'%b,"cost_halala":%d}' % (body[:end], cost_minor)

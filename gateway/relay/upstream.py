@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import httptools
 
 from config.defaults import Settings
+from gateway.lengths import length_of_rest
 from nodes.reach import Direct, Reach
 
 log = logging.getLogger("poolgate.relay")
@@ -213,6 +214,12 @@ class UpstreamConnection(asyncio.Protocol):
         pool = self._pool
         if pool is not None and pool.before_length and data.startswith(pool.before_length):
             start = len(pool.before_length)
+            length = length_of_rest(len(data) - start - len(pool.after_length))
+            if length > 0:  # all of it came at once, as most do
+                head = b"%b%d%b" % (pool.before_length, length, pool.after_length)
+                if data.startswith(head):
+                    self._lacking = length
+                    return len(head)
             end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
             digits = data[start:end] if end > 0 else b""
             if digits.isdigit() and data.startswith(pool.after_length, end):

@@ -73,7 +73,7 @@ async def test_what_a_killed_process_acknowledged_is_in_the_book_and_nothing_twi
             os.kill(child.pid, signal.SIGKILL)
             acknowledged += child.stdout.readlines()
         (done,) = await adopt(tmp_path, pool, settings)
-        there = {str(row[0]) for row in await pool.fetch("select turn_id from usage")}
+        there = {row[0].hex for row in await pool.fetch("select turn_id from usage")}
         assert {line.strip() for line in acknowledged if line.endswith("\n")} <= there
         assert done.turns == done.records == done.amount_nano
         assert (

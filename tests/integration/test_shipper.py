@@ -48,6 +48,7 @@ async def test_a_turn_is_in_the_book_as_it_was_and_charged(
     row = dict(await pool.fetchrow("select * from usage where amount_nano > 0"))
     assert row.pop("posting_id") is not None
     assert row.pop("started_at").timestamp() == pytest.approx(record.started_at, abs=1e-6)
+    row["turn_id"] = row["turn_id"].hex
     assert row == {name: getattr(record, name) for name in row}
     assert await balances(pool) == [999_900, 1_000_000, 1_000_000]
     assert [await of_platform(pool, kind) for kind in ("earnings", "fee", "loss")] == [75 + 6, 25, -6]

@@ -76,7 +76,7 @@ async def test_a_usage_row_is_written_and_its_account_charged(gw, engine, pool):
     assert record.amount_nano > 0
     await eventually(lambda: gw.gateway.money.journal.pending == 0)
     row = await pool.fetchrow("select * from usage")
-    assert (row["turn_id"], row["completion_tokens"], row["amount_nano"]) == (
+    assert (row["turn_id"].hex, row["completion_tokens"], row["amount_nano"]) == (
         record.turn_id,
         100,
         record.amount_nano,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ from billing.journal_files import (
 from billing.records import RECORD_BYTES_MAX, UNENCODABLE, decode, encode, readable
 from billing.usage import UsageRecord
 from config.defaults import Settings
-from config.ids import uuid7
+from config.ids import hex7, uuid7
 from tests.journals import turn
 from tests.waiting import eventually
 
@@ -42,7 +43,7 @@ texts = st.text(max_size=40).filter(lambda text: not any("\ud800" <= char <= "\u
 counts = st.integers(0, 2**63 - 1)
 records = st.builds(
     UsageRecord,
-    turn_id=st.builds(uuid7), account_id=counts, key_id=counts, started_at=st.floats(0, 1e11), surface=texts,
+    turn_id=st.builds(hex7), account_id=counts, key_id=counts, started_at=st.floats(0, 1e11), surface=texts,
     model=texts, node_id=st.none() | texts, engine_id=st.none() | texts, stream=st.booleans(), outcome=texts,
     status=st.integers(0, 999), prompt_tokens=counts, cached_tokens=counts, completion_tokens=counts,
     estimated=st.booleans(), ttft_ms=st.none() | counts, duration_ms=counts, amount_nano=counts, price_ref=texts,
@@ -86,6 +87,13 @@ def test_a_record_is_decoded_exactly_as_it_was(record: UsageRecord) -> None:
     again = decode(encode(record))
     assert again == record
     assert type(again.started_at) is float
+
+
+def test_a_turn_id_with_hyphens_is_the_same() -> None:
+    record = turn()
+    hyphened = encode(record._replace(turn_id=str(UUID(record.turn_id))))
+    assert hyphened != encode(record)
+    assert decode(hyphened) == record
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.api.openai.explain import explain
+from gateway.api.openai.plain import plain_chat
 from gateway.api.openai.schemas_requests import (
     ChatRequest,
     CompleteRequest,
@@ -47,7 +48,7 @@ def decode_chat(body: bytes) -> Body:
     `provider_id` is the gateway's own: pop it before sending. Raises BadRequest in OpenAI's words, as all of
     these functions do.
     """
-    request = _decode(_CHAT, body)
+    request = plain_chat(body) or _decode(_CHAT, body)
     limit = request.pop("max_completion_tokens", None)
     if limit is not None:
         request["max_tokens"] = limit

@@ -1,0 +1,10 @@
+"""How long a message is, told from its size alone: where one length is known, the rest of its head need not be read."""
+
+
+def length_of_rest(size: int) -> int:
+    """The number that takes `size` bytes together with its own decimal digits; -1 where there is none."""
+    digits, bound = 1, 10
+    while size - digits >= bound:
+        digits, bound = digits + 1, bound * 10
+    number = size - digits
+    return number if number >= bound // 10 or number == 0 else -1
