@@ -250,7 +250,8 @@ def _conversation(body: Body, shape: Shape, price: Price) -> tuple[int, int, int
     items = body["messages" if shape == "chat" else "input"]
     if type(items) is str:
         return extra, 0, 0
-    for item in items:
+    for each in items:
+        item: Body = each
         content = item.get("content")
         if type(content) is not str and content:
             size, tokens = _media(content, price)

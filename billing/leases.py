@@ -70,7 +70,7 @@ class SpendLeases:
         self._pool = pool
         self._incarnation = incarnation
         self._settings = settings
-        self._clock = clock
+        self._now_s = clock.monotonic
         self._metrics = metrics
         self._beat_s = min(BEAT_S, settings.lease_grace_s / BEATS_IN_GRACE)
         self._pause_s = min(self._beat_s, settings.lease_report_s, settings.lease_idle_s / 2)
@@ -112,7 +112,7 @@ class SpendLeases:
 
         A hold of 0 needs no lease, and no budget stands in its way: nothing can be spent on it.
         """
-        now_s = self._clock.monotonic()
+        now_s = self._now_s()
         if not self._is_usable(now_s):
             return None
         if amount_nano <= 0:
@@ -149,7 +149,7 @@ class SpendLeases:
         held = self.try_hold(account_id, amount_nano, budgets)
         if held is not None:
             return held
-        now_s = self._clock.monotonic()
+        now_s = self._now_s()
         if not self._is_usable(now_s):
             raise BillingUnavailable("this process may not use its leases")
         if self._waiting >= WAITERS_MAX:
@@ -173,7 +173,7 @@ class SpendLeases:
 
     async def tend(self) -> None:
         """One round of `run`."""
-        now_s = self._clock.monotonic()
+        now_s = self._now_s()
         if now_s - self._beaten_s >= self._beat_s:
             await self._beat(now_s)
         if now_s - self._reported_s >= self._settings.lease_report_s:
@@ -225,7 +225,7 @@ class SpendLeases:
 
     def _make_small(self, account: AccountLease) -> None:
         account.refused = None
-        account.wallet.small_until_s = self._clock.monotonic() + SMALL_S
+        account.wallet.small_until_s = self._now_s() + SMALL_S
         account.wallet.is_small = account.is_returning = True
         account.wallet.low_nano = 0
         if account.wallet.free_nano > 0 or account.waiters:
@@ -276,7 +276,7 @@ class SpendLeases:
 
     async def _wait(self, account: AccountLease, waiter: Waiter) -> Hold:
         account.waiters.append(waiter)
-        serve(account, self._clock.monotonic(), self._teller.generation, self._ended)
+        serve(account, self._now_s(), self._teller.generation, self._ended)
         if waiter.granted.done():  # those before it wait for a budget that is none of its
             return waiter.granted.result()
         self._waiting += 1
@@ -312,13 +312,13 @@ class SpendLeases:
         self._changed.add(account)
         if waiter in account.waiters:
             account.waiters.remove(waiter)
-            serve(account, self._clock.monotonic(), self._teller.generation, self._ended)
+            serve(account, self._now_s(), self._teller.generation, self._ended)
 
     def _ended(self, account: AccountLease) -> None:
         """A hold ended: what is free goes to this process's own waiting turns first, then back if the pot is small."""
         self._changed.add(account)
         if account.waiters:
-            serve(account, self._clock.monotonic(), self._teller.generation, self._ended)
+            serve(account, self._now_s(), self._teller.generation, self._ended)
         if account.is_returning and not account.waiters and not self._is_closed:
             self._teller.bring(account)
 

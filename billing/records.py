@@ -45,7 +45,8 @@ def encode(record: UsageRecord) -> bytes:
             return payload
     except (TypeError, ValueError, AttributeError):  # a lone surrogate, a number beyond 64 bits, another type
         pass
-    return orjson.dumps((UNENCODABLE, ascii(record.turn_id)[:100], ascii(record)[: RECORD_BYTES_MAX // 4]))
+    fields: tuple[Any, ...] = record  # of whatever types they are
+    return orjson.dumps((UNENCODABLE, ascii(fields[0])[:100], ascii(record)[: RECORD_BYTES_MAX // 4]))
 
 
 def decode(payload: bytes) -> UsageRecord:

@@ -18,6 +18,7 @@ from types import ModuleType
 MODULES = (
     "billing.holds",
     "billing.journal",
+    "billing.journal_files",
     "billing.lease",
     "billing.lease_account",
     "billing.leases",
@@ -26,7 +27,6 @@ MODULES = (
     "billing.limits.local",
     "billing.limits.rules",
     "billing.limits.standing",
-    "billing.money",
     "billing.prices",
     "billing.records",
     "config.clock",

@@ -87,7 +87,7 @@ class Admission:
         self._settings = settings
         self._registry = registry
         self._prices = prices
-        self._clock = clock
+        self._now = clock.now
         self._limiter = limiter
         self._leases = leases
         self._is_full = is_full
@@ -102,7 +102,7 @@ class Admission:
             group = self._group(ask, principal)
         except ModelNotLoaded:
             return None
-        now = self._clock.now()
+        now = self._now()
         price = self._prices.price(ask.body["model"], now)
         bound = self._bound(ask, group, price)
         amount_nano = hold_nano(price, bound, ask.price_percent)
@@ -123,7 +123,7 @@ class Admission:
         if group is None:
             await self._starts.wait(ask.body["model"])
             group = self._group(ask, principal)
-        now = self._clock.now()
+        now = self._now()
         price = self._prices.price(ask.body["model"], now)
         funding = Funding(price, self._bound(ask, group, price), ask.price_percent)
         quota = await self._quota(principal, limit_tokens(funding.bound))

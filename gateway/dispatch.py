@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
@@ -18,6 +17,7 @@ import orjson
 
 from billing.holds import BYTES_PER_TOKEN, USUAL_OUTPUT_TOKENS
 from billing.money import to_minor_up
+from config.clock import monotonic
 from config.defaults import Settings
 from gateway.errors import EveryEngineFull, NoNodeAvailable
 from gateway.flight import Flight, Stale, StreamFlight, WholeFlight
@@ -64,6 +64,7 @@ class Dispatcher:
         upstreams: Upstreams,
     ) -> None:
         self.settings = settings
+        self._minor_per_major = settings.minor_per_major
         self.covers = covers
         self._registry = registry
         self._placement = placement
@@ -139,7 +140,7 @@ class Dispatcher:
 
     def end_late(self) -> None:
         """Have flights looked at whose time has come; to be called every `late_s`."""
-        now_s = time.monotonic()
+        now_s = monotonic()
         for flight in [flight for flight in chain(self.flights, self._awaited) if flight.due_s <= now_s]:
             flight.late(now_s)
 
@@ -264,7 +265,7 @@ class Dispatcher:
         turn.delivered(tokens)
         turn.outcome, turn.status = "finished", 200
         self._settle(turn)
-        cost_minor = to_minor_up(turn.amount_nano, self.settings.minor_per_major)
+        cost_minor = to_minor_up(turn.amount_nano, self._minor_per_major)
         down.answer(200, _json(turn), add_cost(body, cost_minor), turn.told)
 
     def finish(self, turn: Turn, tap: Tap, down: Downstream) -> None:
@@ -275,7 +276,7 @@ class Dispatcher:
         is_timeout = isinstance(tap, CompleteTap) and tap.timed_out
         turn.outcome, turn.status = "timeout" if is_timeout else "finished", 200
         self._settle(turn)
-        cost_minor = to_minor_up(turn.amount_nano, self.settings.minor_per_major)
+        cost_minor = to_minor_up(turn.amount_nano, self._minor_per_major)
         if turn.ask.render is not None:
             down.answer(200, _json(turn), turn.ask.render(turn, tap, cost_minor), turn.told)
         else:

@@ -6,11 +6,11 @@ relays events as they come. Which engine is asked, and what follows from a failu
 
 import asyncio
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from config.clock import monotonic
 from config.defaults import Settings
 from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
 from gateway.relay.events import Tokens, error_of, first_event
@@ -76,7 +76,7 @@ class Flight(ABC):
         self.turn = turn
         self.engine = engine
         self.error: Exception | None = None
-        self.begun_s = time.monotonic()
+        self.begun_s = monotonic()
         self.due_s = self.begun_s + desk.settings.answer_timeout_s
         self._desk = desk
         self._connection: UpstreamConnection | None = connection
@@ -223,7 +223,7 @@ class StreamFlight(Flight):
         """The engine says no; its reason may take a moment longer."""
         if connection.is_over or connection.buffered > ERROR_BODY_MAX:
             raise fault_of_answer(connection.status, connection.take())
-        gives_up_s = time.monotonic() + self._desk.settings.connect_timeout_s
+        gives_up_s = monotonic() + self._desk.settings.connect_timeout_s
         self._gives_up_s = self.due_s = min(self._gives_up_s, gives_up_s)
 
     def _look_late(self, connection: UpstreamConnection, now_s: float) -> None:
@@ -259,7 +259,7 @@ class StreamFlight(Flight):
         if not self._gathers and not down.is_started:
             self._start()
         connection.attach(self._pass_on)
-        self.due_s = time.monotonic() + self._desk.settings.chunk_timeout_s
+        self.due_s = monotonic() + self._desk.settings.chunk_timeout_s
         if self._ends_s is not None:
             self.due_s = min(self.due_s, self._ends_s)
         try:

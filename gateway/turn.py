@@ -3,7 +3,6 @@
 Holds what is known of it so far and nothing that acts; `gateway.lifecycle` moves it along.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -14,6 +13,7 @@ from billing.limits import Admission as Quota
 from billing.limits.headers import Told
 from billing.prices import ONLINE_PERCENT, Price
 from billing.usage import UsageRecord
+from config.clock import monotonic
 from config.ids import hex7
 from gateway.hints import Hints
 from gateway.identity.keyring import Principal
@@ -148,7 +148,7 @@ class Turn:
         self.quota = quota
         self.started_at = started_at
         self.told = told
-        self.started_s = time.monotonic()
+        self.started_s = monotonic()
         self.engine = None
         self.tokens = NO_TOKENS
         self.sent = b""
@@ -167,7 +167,7 @@ class Turn:
 
     def first_event(self) -> None:
         """The engine's first event is here; a retry starts its time anew."""
-        self.first_event_s = time.monotonic()
+        self.first_event_s = monotonic()
         if (
             self.ask.is_stream
         ):  # thousands of streams wait for their next token for minutes, each with its prompt
@@ -207,7 +207,7 @@ class Turn:
     @property
     def duration_ms(self) -> int:
         """Milliseconds since the request was admitted."""
-        return round((time.monotonic() - self.started_s) * 1000)
+        return _in_ms(monotonic() - self.started_s)
 
     def usage_record(self) -> UsageRecord:
         """What is kept of this turn once it is settled."""
@@ -218,7 +218,12 @@ class Turn:
             None if engine is None else engine.node_id, None if engine is None else engine.engine_id,
             ask.is_stream, self.outcome, self.status or CLIENT_CLOSED,
             tokens.prompt, tokens.cached, tokens.completion, tokens.estimated,
-            None if first_s is None else round((first_s - started_s) * 1000), self.duration_ms,
+            None if first_s is None else _in_ms(first_s - started_s), self.duration_ms,
             self.amount_nano, self.price.ref, None if engine is None else engine.account_id, self.loss_nano,
             self.hold.budgets, self.idempotency_key,
         ))  # fmt: skip
+
+
+def _in_ms(seconds: float) -> int:
+    """To the nearest one; `round` would be a call out of compiled code."""
+    return int(seconds * 1000.0 + 0.5)

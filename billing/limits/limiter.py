@@ -87,7 +87,7 @@ class Limiter:
         self._settings = settings
         self._block_s = settings.limit_block_s
         self._late_us = round(settings.limit_block_s * 1e6)
-        self._clock = clock
+        self._now_s = clock.monotonic
         self._metrics = metrics
         self._live_count = live_count
         self._lengths = minute_s, day_s
@@ -107,7 +107,7 @@ class Limiter:
         """From memory, or None: then `admit` knows."""
         if not subjects:
             return UNLIMITED
-        now = self._clock.monotonic()
+        now = self._now_s()
         known = self._known
         found = []
         for subject in subjects:
@@ -129,7 +129,7 @@ class Limiter:
         """Raises LimitExceeded. Waits for Valkey where it must, and never longer than its time-out."""
         if not subjects:
             return UNLIMITED
-        now = self._clock.monotonic()
+        now = self._now_s()
         standings = tuple([self._standing(subject, now) for subject in subjects])
         self._refuse_again(standings, tokens, now)
         if self._flights.is_away:
@@ -168,7 +168,7 @@ class Limiter:
         if granted_us:
             self._flights.correct(standing.name, standing.plan, granted_us, 0, tokens)
         elif standing.share is not None:
-            standing.share.correct(self._clock.monotonic(), tokens)
+            standing.share.correct(self._now_s(), tokens)
 
     # --- background -------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Limiter:
 
     def answer_from_memory(self, ask: Ask) -> bool:
         """By a block or a refusal that came since."""
-        now = self._clock.monotonic()
+        now = self._now_s()
         try:
             self._refuse_again(ask.standings, ask.tokens, now)
         except LimitExceeded as error:
@@ -249,7 +249,7 @@ class Limiter:
         """Admit or refuse as Valkey says; without it, alone. Who has left meanwhile gives back at once."""
         try:
             if answer is None:
-                admission = self._decide_alone(ask.standings, ask.tokens, self._clock.monotonic())
+                admission = self._decide_alone(ask.standings, ask.tokens, self._now_s())
             elif answer.is_admitted:
                 admission = self._admitted(ask, answer, sent_at)
             else:
@@ -327,13 +327,13 @@ class Limiter:
 
     def _watch_blocks(self) -> None:
         if self._timer is None and self._blocks:
-            wait_s = max(0.0, self._blocks[0][0] - self._clock.monotonic())
+            wait_s = max(0.0, self._blocks[0][0] - self._now_s())
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._end_blocks)
 
     def _end_blocks(self) -> None:
         """Unused parts of blocks whose time is over go back to everybody."""
         self._timer = None
-        now = self._clock.monotonic()
+        now = self._now_s()
         while self._blocks and self._blocks[0][0] <= now:
             until, standing = self._blocks.popleft()
             if standing.until == until:
@@ -352,7 +352,7 @@ class Limiter:
     # --- refusing ---------------------------------------------------------------------------------------------
 
     def _refused(self, ask: Ask, answer: Answer, sent_at: float) -> LimitExceeded:
-        received_at = self._clock.monotonic()
+        received_at = self._now_s()
         at, refused = 0, []
         for part in ask.parts:
             size = len(part.plan.windows) + (part.plan.concurrency is not None)

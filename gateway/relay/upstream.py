@@ -8,13 +8,13 @@ goes straight to that: no task waits for an answer or wakes for a chunk.
 import asyncio
 import logging
 import re
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import httptools
 
+from config.clock import monotonic
 from config.defaults import Settings
 from gateway.lengths import length_of_rest
 from nodes.reach import Direct, Reach
@@ -399,7 +399,7 @@ class UpstreamPool:
 
     def idle(self) -> UpstreamConnection | None:
         """An idle connection that is young enough, if there is one."""
-        oldest_s = time.monotonic() - self._settings.engine_idle_s
+        oldest_s = monotonic() - self._settings.engine_idle_s
         while self._idle:
             connection, since_s = self._idle.pop()
             if connection.closed:
@@ -450,7 +450,7 @@ class UpstreamPool:
         if self._closed or len(self._idle) >= self._settings.engine_idle_connections_max:
             connection.close()
             return
-        now_s = time.monotonic()
+        now_s = monotonic()
         oldest_s = now_s - self._settings.engine_idle_s
         while self._idle and self._idle[0][1] < oldest_s:
             self._idle.popleft()[0].close()

@@ -337,7 +337,8 @@ async def test_without_room_for_a_segment_ahead_it_is_full_until_there_is_some(
     def no_room(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("billing.journal.make_segment", no_room)
+    allocate = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
     monkeypatch.setattr("billing.journal.AHEAD_RETRY_S", 0.01)
     task = asyncio.create_task(journal.run())
     try:
@@ -348,7 +349,7 @@ async def test_without_room_for_a_segment_ahead_it_is_full_until_there_is_some(
                 journal.append(turn())
                 written += 1
         assert written > 200
-        monkeypatch.setattr("billing.journal.make_segment", make_segment)
+        monkeypatch.setattr(os, "posix_fallocate", allocate)
         await eventually(lambda: not journal.is_full)
         journal.append(turn())
         assert journal.pending == written + 1
