@@ -31,6 +31,7 @@ MODULES = (
     "billing.records",
     "config.clock",
     "config.ids",
+    "config.lines",
     "gateway.admission",
     "gateway.api.openai.asks",
     "gateway.api.openai.decode",

@@ -9,13 +9,14 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from select import PIPE_BUF
 from typing import Any, TextIO
 
 from config.defaults import Settings
+from config.lines import interleaved
 
 ROOT = "poolgate"
 
@@ -55,8 +56,8 @@ class Shape:
     """Those of the extras that are texts; the others are integers or None."""
 
 
-Row = tuple[str, tuple[object, ...]]
-"""One line of a shape: its words, and the values of its extras."""
+Row = list[str]
+"""One line of a shape: its words, then its extras' values, all as texts."""
 
 
 def bulk(shape: Shape) -> "Bulk | None":
@@ -95,23 +96,23 @@ class LineHandler(logging.StreamHandler[TextIO]):
 class Bulk:
     """Writes lines of one shape, each byte for byte as if it had been logged by itself, at a tenth of the cost.
 
-    The caller passes texts through `shown` and writes `null` for None; that is what a formatter would do to them.
+    The caller passes texts through `shown`, numbers through `digits`, and writes `null` for None; that is what a formatter
+    would do to them.
     """
 
     def __init__(self, handler: LineHandler, lines: "JsonLines | HumanLines", shape: Shape) -> None:
         self._handler = handler
         self._lines = lines
         self._shape = shape
-        self._template = lines.template(shape)
-        self.shown: Mapping[str, str] = Shown(lines.shown)
+        self.shown: dict[str, str] = Shown(lines.shown)
         self.null = lines.null
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """All of them, in writes that no other process's lines come into the middle of."""
+    def write(self, rows: list[Row]) -> None:
+        """All of them, in writes that no other process's lines come into the middle of. The rows are the handler's then."""
         shape = self._shape
         record = logging.LogRecord(shape.logger, shape.level, "", 0, "", (), None)
         record.action = shape.action
-        lines = self._lines.rendered(self._template, record, rows)
+        lines = self._lines.rendered(shape, record, rows)
         with self._handler.lock or nullcontext():
             try:
                 for piece in _pieces(lines, PIPE_BUF):
@@ -160,21 +161,21 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
         }
 
-    def template(self, shape: Shape) -> str:
-        """The extras of such lines, with a place for each value."""
-        return ", ".join(
-            f'"{name}": "%s"' if name in shape.texts else f'"{name}": %s' for name in shape.extras
-        )
-
     def shown(self, text: str) -> str:
         """The text as it stands between the quotes of a JSON string."""
         return json.dumps(text, ensure_ascii=False)[1:-1]
 
-    def rendered(self, template: str, record: logging.LogRecord, rows: Iterable[Row]) -> list[str]:
+    def rendered(self, shape: Shape, record: logging.LogRecord, rows: list[Row]) -> list[str]:
         """Lines that have their time, level and name from `record`."""
-        own = json.dumps(self._own(record), ensure_ascii=False)[1:-1].replace("%", "%%")
-        template = "{" + template + ", " + own + ', "message": "'
-        return [template % extras + words + '"}\n' for words, extras in rows]
+        own = json.dumps(self._own(record), ensure_ascii=False)[1:-1]
+        gaps, before = [], "{"
+        for name in shape.extras:
+            quote = '"' if name in shape.texts else ""
+            gaps.append(f'{before}"{name}": {quote}')
+            before = f"{quote}, "
+        for row in rows:
+            row.append(row.pop(0))
+        return interleaved([*gaps, f'{before}{own}, "message": "', '"}\n'], rows)
 
 
 class HumanLines(logging.Formatter):
@@ -205,19 +206,16 @@ class HumanLines(logging.Formatter):
             return _COLOURS[record.levelname] + before, _PLAIN
         return before, ""
 
-    def template(self, shape: Shape) -> str:
-        """The extras of such lines, with a place for each value."""
-        return " ".join(f"{name}=%s" for name in shape.extras)
-
     def shown(self, text: str) -> str:
         """The text with control characters spelled out."""
         return _on_one_line(text)
 
-    def rendered(self, template: str, record: logging.LogRecord, rows: Iterable[Row]) -> list[str]:
+    def rendered(self, shape: Shape, record: logging.LogRecord, rows: list[Row]) -> list[str]:
         """Lines that have their time, level and name from `record`."""
         before, after = self._around(record)
-        template = f" ({template}){after}\n"
-        return [before + words + template % extras for words, extras in rows]
+        first, *others = shape.extras
+        gaps = [before, f" ({first}=", *(f" {name}=" for name in others), f"){after}\n"]
+        return interleaved(gaps, rows)
 
 
 def _pieces(lines: list[str], bytes_max: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from billing.usage import UsageRecord
+from config.lines import digits
 from config.logs import Bulk, Shape, bulk
 from config.metrics import SECONDS, Metrics
 from gateway.turn import ID_PREFIX
@@ -140,18 +141,17 @@ class Sums:
 
 def _log_together(noted: Sequence[UsageRecord], lines: Bulk) -> None:
     shown, null = lines.shown, lines.null
-    lines.write(
-        (
-            shown[f"{record.surface} {record.model} {record.outcome}"],
-            (
-                ID_PREFIX + record.turn_id, record.account_id, record.key_id,
-                shown[f"{record.node_id}/{record.engine_id}"], record.status, record.prompt_tokens,
-                record.cached_tokens, record.completion_tokens,
-                null if record.ttft_ms is None else record.ttft_ms, record.duration_ms, record.amount_nano,
-            ),
-        )
-        for record in noted
-    )  # fmt: skip
+    rows: list[list[str]] = []
+    for record in noted:
+        ttft_ms = record.ttft_ms
+        rows.append([
+            shown[f"{record.surface} {record.model} {record.outcome}"], ID_PREFIX + record.turn_id,
+            digits(record.account_id), digits(record.key_id), shown[f"{record.node_id}/{record.engine_id}"],
+            digits(record.status), digits(record.prompt_tokens), digits(record.cached_tokens),
+            digits(record.completion_tokens), null if ttft_ms is None else digits(ttft_ms), digits(record.duration_ms),
+            digits(record.amount_nano),
+        ])  # fmt: skip
+    lines.write(rows)
 
 
 def _log_each(noted: Sequence[UsageRecord]) -> None:
