@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 from zlib import crc32
 
@@ -35,7 +35,8 @@ from config.defaults import Settings
 
 log = logging.getLogger("poolgate.journal")
 
-pack_frame = FRAME.pack_into
+_pack_frame: Final = FRAME.pack_into
+_crc32: Final = crc32  # which `checksum` calls too
 
 AHEAD_RETRY_S = 1.0
 """How soon the segment ahead is tried again where there was no room for it."""
@@ -115,7 +116,7 @@ class Journal:
         mapped = self._map
         # The length last: a process killed amid this leaves a length of zero, which ends the journal.
         mapped[start:end] = payload
-        pack_frame(mapped, at, length, crc32(payload, length))  # as `checksum` has it
+        _pack_frame(mapped, at, length, _crc32(payload, length))
         self._at = end
         self._appended_records += 1
         if self._woken is not None:

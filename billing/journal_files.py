@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from billing.records import RECORD_BYTES_MAX
 
 FRAME = struct.Struct("<II")  # length and CRC-32, little-endian
-FRAME_BYTES = FRAME.size
+FRAME_BYTES: Final = 8
 
 READ_BYTES_MAX = 4 * 2**20
 """Read at once: bounds the memory of shipping, and a batch of 5,000 records has less than half of it."""

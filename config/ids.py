@@ -31,10 +31,9 @@ _CARRIED_MAX: Final = 0xBFFFFF
 
 
 class _Ids:
-    """Makes the digits. A state of its own, because a module's variables are slow when compiled."""
+    """Makes the digits, for one thread at a time. No two of these make the same: each draws its own bits."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
         self._last_ms = 0
         self._stem = ""  # the newest id's first 22 digits: its time, and the counter without
         self._count = 0  # its last byte
@@ -48,19 +47,15 @@ class _Ids:
     def next(self) -> str:
         """32 digits, of a number that is greater than all before."""
         now_ms = time.time_ns() // 1_000_000
-        self._guard.acquire()  # `with` is slow when compiled
-        try:
-            if now_ms > self._last_ms:
-                self._begin(now_ms)
-            elif self._count < 255:
-                self._count += 1
-            else:
-                self._carry()
-            if not self._tails:
-                self._tails = _cut(os.urandom(_RANDOM_BYTES), 4)
-            return self._stem + self._bytes[self._count] + self._tails.pop()
-        finally:
-            self._guard.release()
+        if now_ms > self._last_ms:
+            self._begin(now_ms)
+        elif self._count < 255:
+            self._count += 1
+        else:
+            self._carry()
+        if not self._tails:
+            self._tails = _cut(os.urandom(_RANDOM_BYTES), 4)
+        return self._stem + self._bytes[self._count] + self._tails.pop()
 
     def _begin(self, ms: int) -> None:
         """Go on in another millisecond."""
@@ -83,8 +78,8 @@ class _Ids:
             self._stem, self._count = f"{self._stem[:16]}{carried + 1:06x}", 0
 
     def forget(self) -> None:
-        """A forked child must not draw what its parent draws, nor wait for a lock that a thread of the parent held."""
-        self._seeds, self._tails, self._guard = [], [], threading.Lock()
+        """A forked child must not draw what its parent draws."""
+        self._seeds, self._tails = [], []
 
 
 def _cut(drawn: bytes, size: int) -> list[str]:
@@ -94,6 +89,8 @@ def _cut(drawn: bytes, size: int) -> list[str]:
 
 
 _ids: Final = _Ids()
+_ids_of_the_loop: Final = _Ids()
+_guard = threading.Lock()
 
 
 def uuid7() -> uuid.UUID:
@@ -103,12 +100,14 @@ def uuid7() -> uuid.UUID:
     low 30 bits clear (RFC 9562 6.2, method 1), and 32 random bits. A clock that goes back does not: the last millisecond
     stays. So it does for half a billion ids, after which the next one begins.
     """
-    return _uuid(int(_ids.next(), 16))
+    with _guard:
+        digits = _ids.next()
+    return _uuid(int(digits, 16))
 
 
 def hex7() -> str:
-    """The 32 hexadecimal digits of such a UUID."""
-    return _ids.next()
+    """The 32 hexadecimal digits of such a UUID, for the event loop's thread alone: a lock would take as long as they do."""
+    return _ids_of_the_loop.next()
 
 
 def _uuid(value: int) -> uuid.UUID:
@@ -118,4 +117,12 @@ def _uuid(value: int) -> uuid.UUID:
     return made
 
 
-os.register_at_fork(after_in_child=_ids.forget)
+def _forget() -> None:
+    """In a child: a thread of the parent may have held the lock."""
+    global _guard
+    _guard = threading.Lock()
+    _ids.forget()
+    _ids_of_the_loop.forget()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -21,7 +21,6 @@ from billing.holds import (
 from billing.leases import BillingUnavailable, BudgetExceeded, Hold, InsufficientFunds, SpendLeases
 from billing.limits import Admission as Quota
 from billing.limits import Limiter, LimitExceeded
-from billing.limits.headers import Told
 from billing.prices import Price, PriceBook
 from config.clock import Clock
 from config.defaults import Settings
@@ -98,12 +97,13 @@ class Admission:
 
     def try_admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn | None:
         """The turn, if memory alone can tell that it may begin; None: `admit` may find a way. Raises ApiError."""
+        model: str = ask.body["model"]
         try:
-            group = self._group(ask, principal)
+            group = self._group(ask, model, principal)
         except ModelNotLoaded:
             return None
         now = self._now()
-        price = self._prices.price(ask.body["model"], now)
+        price = self._prices.price(model, now)
         bound = self._bound(ask, group, price)
         amount_nano = hold_nano(price, bound, ask.price_percent)
         hold = self._leases.try_hold(principal.account_id, amount_nano, principal.budgets)
@@ -113,18 +113,19 @@ class Admission:
         if quota is None:
             hold.void()
             return None
-        return _turn(ask, principal, request_id, price, bound, hold, quota, now, quota.headers)
+        return Turn(request_id, principal, ask, model, price, bound, hold, quota, now, quota.headers)
 
     async def admit(self, ask: Ask, principal: Principal, request_id: str) -> Turn:
         """The turn with its quota and its hold. Raises ApiError, and has then set nothing aside."""
+        model: str = ask.body["model"]
         group: Group | None = None
         with suppress(ModelNotLoaded):
-            group = self._group(ask, principal)
+            group = self._group(ask, model, principal)
         if group is None:
-            await self._starts.wait(ask.body["model"])
-            group = self._group(ask, principal)
+            await self._starts.wait(model)
+            group = self._group(ask, model, principal)
         now = self._now()
-        price = self._prices.price(ask.body["model"], now)
+        price = self._prices.price(model, now)
         funding = Funding(price, self._bound(ask, group, price), ask.price_percent)
         quota = await self._quota(principal, limit_tokens(funding.bound))
         try:
@@ -137,12 +138,11 @@ class Admission:
                 error.headers |= quota.headers
             raise
         told = quota.headers.with_more(funding.headers) if funding.headers else quota.headers
-        return _turn(ask, principal, request_id, price, funding.bound, hold, quota, now, told)
+        return Turn(request_id, principal, ask, model, price, funding.bound, hold, quota, now, told)
 
-    def _group(self, ask: Ask, principal: Principal) -> Group:
+    def _group(self, ask: Ask, model: str, principal: Principal) -> Group:
         """The engines that may serve it. Raises ModelNotFound, NoNodeAvailable for a model that is only priced,
         ModelNotLoaded if a node has it on disk, and Unavailable while no more turns can be journaled."""
-        model = ask.body["model"]
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
         snapshot = self._registry.snapshot
@@ -244,10 +244,3 @@ class Admission:
             return False
         funding.bound = replace(funding.bound, prompt_tokens=tokens)
         return True
-
-
-def _turn(
-    ask: Ask, principal: Principal, request_id: str, price: Price, bound: Bound, hold: Hold, quota: Quota, now: float,
-    told: Told,
-) -> Turn:  # fmt: skip
-    return Turn(request_id, principal, ask, ask.body["model"], price, bound, hold, quota, now, told)

@@ -101,7 +101,7 @@ class EdgeTurn(HttpDownstream):
                 self._go_on(self._from_the_key, body)
                 return
             check_scope(principal, SCOPE)
-            ask = self._head.for_(body, turns.settings)
+            ask: Ask = self._head.for_(body, turns.settings)
             ask.hints = self._head.hints
             turn = self._turn = turns.lifecycle.try_admit(ask, principal, self.request_id)
             if turn is None:

@@ -22,11 +22,10 @@ EVENT_STREAM: Final = {
 }
 
 
-KEEPING: Final = {
-    (True, True): b"\r\n", (True, False): b"connection: keep-alive\r\n\r\n",
-    (False, True): b"connection: close\r\n\r\n", (False, False): b"connection: close\r\n\r\n",
-}  # fmt: skip
-"""How a head ends: what it says of the next request, by whether one may come and whether the client speaks HTTP/1.1."""
+END_OF_HEAD: Final = b"\r\n"
+KEEP_ALIVE: Final = b"connection: keep-alive\r\n\r\n"
+CLOSE: Final = b"connection: close\r\n\r\n"
+"""How a head ends: HTTP/1.1 keeps a connection unless it says otherwise, HTTP/1.0 does not."""
 
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -162,7 +161,9 @@ class HttpDownstream:
 
     def _ended_head(self) -> bytes:
         """The last lines of a head: what this connection's answers have, and whether it is kept."""
-        return self._ending + KEEPING[self.keep_alive, self._is_http_11]
+        if self.keep_alive and self._is_http_11:
+            return self._ending + END_OF_HEAD
+        return self._ending + (KEEP_ALIVE if self.keep_alive else CLOSE)
 
     async def drained(self) -> None:
         connection, transport = self._connection, self._transport

@@ -87,10 +87,10 @@ def test_an_id_is_like_one_that_was_made_in_the_ordinary_way():
 
 FORKS = """
 import os
-from config.ids import uuid7
-uuid7()
+from config.ids import hex7, uuid7
+uuid7(), hex7()
 child = os.fork()
-drawn = [uuid7().bytes[-4:].hex() for _ in range(8)]
+drawn = [made[-8:] for _ in range(8) for made in (uuid7().hex, hex7())]
 if child:
     os.waitpid(child, 0)
 print(*drawn, flush=True)
@@ -114,6 +114,7 @@ def test_threads_never_make_the_same():
 
 
 def test_digits_are_those_of_a_uuid_in_the_same_order():
-    made = [hex7(), uuid7().hex, hex7()]
-    assert made == sorted(made)
+    made = [hex7() for _ in range(1000)]
+    assert made == sorted(set(made))
     assert [uuid.UUID(digits).hex for digits in made] == made
+    assert {(uuid.UUID(digits).version, uuid.UUID(digits).variant) for digits in made} == {(7, uuid.RFC_4122)}
