@@ -6,10 +6,11 @@ running to the same engine. What is found unfit is taken out of its group, so it
 
 import random
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from nodes.routing.snapshot import Engine, Group
 
-INFINITE = float("inf")
+INFINITE: Final = float("inf")
 
 MISSES_MAX = 8
 """Unfit engines that one choice meets before it looks through all of their group at once."""
