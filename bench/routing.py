@@ -89,7 +89,8 @@ def _needs(account: int | None, *, size: int) -> Iterator[Need]:
     for question in range(4):
         for number in range(64):
             prompt = json.dumps(
-                {"messages": [{"role": "user", "content": f"{number:08}" * (size // 8) + f"? {question}"}]}
+                {"messages": [{"role": "user", "content": f"{number:08}" * (size // 8) + f"? {question}"}]},
+                separators=(",", ":"),  # as a turn is sent, by which its prompt is found
             )
             tokens = len(prompt) // 4 + 50
             yield Need(

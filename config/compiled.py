@@ -61,6 +61,7 @@ MODULES = (
     "nodes.breaker",
     "nodes.routing.filters",
     "nodes.routing.homes",
+    "nodes.routing.lines",
     "nodes.routing.picker",
     "nodes.routing.prefixes",
     "nodes.routing.router",

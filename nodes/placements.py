@@ -17,7 +17,9 @@ from config.valkey import end_if_cancelled, listen
 from nodes.registry import Registry
 from nodes.routing.prefixes import ENDS
 
-CHANNEL = "poolgate:placements"
+CHANNEL = "poolgate:placements:2"
+"""The number stands for how hashes are made and where homes lie: workers that differ in it have nothing to tell each
+other."""
 
 
 class PlacementShare:

@@ -5,7 +5,7 @@ the names of all filters for whoever asks why.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from nodes.routing.router import Need
@@ -30,7 +30,7 @@ class Wishes:
         return self.tier_min > 0 or self.price_percent_max is not None
 
 
-NO_WISHES = Wishes()
+NO_WISHES: Final = Wishes()
 
 
 def meets(engine: "Engine", wishes: Wishes) -> bool:

@@ -7,26 +7,27 @@ its share, the second takes it.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from nodes.routing.snapshot import Engine
 
-WINDOW = 8
+WINDOW: Final = 8
 """Engines that meet for one prompt."""
 
-KNOWN_MAX = 4096
+KNOWN_MAX: Final = 4096
 """Prompts whose homes a ring remembers."""
 
-_SPREAD = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
+_SPREAD: Final = 0x278DDE6D
+_MASK: Final = 0x3FFFFFFF
+"""Marks have 30 bits, of which products are small integers yet."""
 
 
 def mark_of(key: str) -> int:
     """An engine's place in rings: the same in every worker."""
-    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(blake2b(key.encode(), digest_size=4).digest(), "big") & _MASK
 
 
 class Ring:
@@ -35,8 +36,8 @@ class Ring:
     __slots__ = ("_engines", "_known", "_marks")
 
     def __init__(self, engines: "Sequence[Engine]") -> None:
-        self._engines = sorted(engines, key=lambda engine: engine.mark)
-        self._marks = [engine.mark for engine in self._engines]
+        self._engines = sorted(engines, key=lambda engine: (engine.mark, engine.key))
+        self._marks: list[int] = [engine.mark for engine in self._engines]
         self._known: dict[int, tuple[Engine, ...]] = {}
 
     def homes(self, value: int) -> "tuple[Engine, ...]":
@@ -50,20 +51,17 @@ class Ring:
 
     def _find(self, value: int) -> "tuple[Engine, ...]":
         engines, marks = self._engines, self._marks
-        value = value * _SPREAD & _MASK
+        value = (value & _MASK) * _SPREAD & _MASK
         count = len(engines)
-        if count <= WINDOW:
-            places: Iterable[int] = range(count)
-        else:
+        start, end = 0, count
+        if count > WINDOW:
             start = bisect_left(marks, value)
-            places = (
-                range(start, start + WINDOW)
-                if start + WINDOW <= count
-                else range(start - count, start - count + WINDOW)
-            )
+            if start + WINDOW > count:  # its end and then its beginning
+                start -= count
+            end = start + WINDOW
         first = second = -1
         least = less = _MASK + 1
-        for place in places:
+        for place in range(start, end):
             rank = (marks[place] ^ value) * _SPREAD & _MASK
             if rank < least:
                 first, second, least, less = place, first, rank, least

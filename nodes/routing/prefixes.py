@@ -6,23 +6,24 @@ is forgotten. It is a guess that costs a microsecond: vLLM's own KV events name 
 to tokenise every prompt here, for milliseconds.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, cast
 from zlib import crc32
+
+from nodes.routing.lines import Line, Link
 
 if TYPE_CHECKING:
     from nodes.routing.snapshot import Engine
 
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 """Of a prompt as JSON: what most tokenizers make of most text."""
 
-BLOCK_BYTES = 1024
+BLOCK_BYTES: Final = 1024
 """The shortest beginning that is worth knowing: 256 tokens. Shorter prompts are sent by load alone, unhashed: their prefill
 takes an engine less than the choice may gain."""
 
-HOLDERS_MAX = 4
+HOLDERS_MAX: Final = 4
 """Engines remembered for one beginning: one that more of them hold can be found on any."""
 
 TOKENS_UNTOLD = 2**19
@@ -42,36 +43,48 @@ def _ends() -> tuple[int, ...]:
     return tuple(ends)
 
 
-ENDS = _ends()
+ENDS: Final = _ends()
+
+TOKENS: Final = (0, *(end // BYTES_PER_TOKEN for end in ENDS))
+"""How many tokens a prompt's first so many beginnings cover."""
+
+COPIED_MAX: Final = 65536
+"""Bytes between two beginnings up to which they are hashed as a copy, which is had sooner than a view."""
 
 
 def beginnings(prompt: bytes, start: int, seed: int) -> list[int]:
     """Hashes of the beginnings of `prompt[start:]`. The same in every process; `seed` keeps accounts and models apart.
 
-    CRC-32 is the fastest hash in the standard library that goes on from an earlier value without copies. Two texts with one
-    hash send a turn to an engine without its prefix, which is all that a forger could gain, on his own account's turns.
+    CRC-32 is the fastest hash in the standard library that goes on from an earlier value and is the same everywhere. Two
+    texts with one hash send a turn to an engine without its prefix, which is all that a forger could gain, on his own
+    account's turns.
     """
-    view = memoryview(prompt)[start:]
-    room = len(view)
-    hashes: list[int] = []
-    before, value = 0, seed
+    hashes: list[Any] = []  # objects, which integers would be made of and into anew at each step
+    value: Any = seed
+    hashed: Any = crc32
+    room = len(prompt) - start
+    before = start
     for end in ENDS:
         if end > room:
             break
-        value = crc32(view[before:end], value)
+        after = start + end
+        if after - before <= COPIED_MAX:
+            value = hashed(prompt[before:after], value)
+        else:
+            value = hashed(memoryview(prompt)[before:after], value)
         hashes.append(value)
-        before = end
+        before = after
     return hashes
 
 
-def seed_of(model: str, account: int) -> int:
-    """Engines keep accounts' caches apart by salt, and those of models."""
-    return crc32(b"%d %b" % (account, model.encode()))
+def sign_of(model: str) -> int:
+    """What tells a model from others in seeds."""
+    return crc32(model.encode())
 
 
-def tokens_of(depth: int) -> int:
-    """How many tokens a prompt's first so many beginnings cover."""
-    return ENDS[depth - 1] // BYTES_PER_TOKEN if depth else 0
+def seed_of(sign: int, account: int) -> int:
+    """Engines keep accounts' caches apart by salt, and those of models, of which each has a sign."""
+    return sign ^ (account & 0xFFFFFFFF)
 
 
 def home_hash(hashes: Sequence[int]) -> int:
@@ -88,21 +101,113 @@ def _home_place(count: int) -> int:
     )
 
 
-HOME_PLACES = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))
+HOME_PLACES: Final = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))
 
 
-@dataclass(slots=True)
+class Beginning(Link):
+    """One that some engine holds, or that was a home of late, in the order of which these stand in line."""
+
+    __slots__ = ("engine", "first", "incarnation", "is_known", "value")
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+        self.is_known = False
+        # Who holds it, the first one first.
+        self.first: Hold | None = None
+        # As a home: where it was sent last, and which life of that engine.
+        self.engine: Engine | None = None
+        self.incarnation = 0
+
+    def hold_of(self, engine: "Engine") -> "Hold | None":
+        """That engine's, if it holds it."""
+        hold = self.first
+        while hold is not None and hold.engine is not engine:
+            hold = hold.next
+        return hold
+
+    def holders(self) -> "list[Engine]":
+        """Those that hold it, the first one first."""
+        found = []
+        hold = self.first
+        while hold is not None:
+            found.append(hold.engine)
+            hold = hold.next
+        return found
+
+
+class Hold(Link):
+    """A beginning in an engine's cache, and what it has more than the one before it, in tokens."""
+
+    __slots__ = ("beginning", "engine", "next", "tokens")
+
+    def __init__(self, engine: "Engine", beginning: Beginning, tokens: int) -> None:
+        super().__init__()
+        self.engine = engine
+        self.beginning = beginning
+        self.tokens = tokens
+        self.next: Hold | None = None
+
+
 class Held:
-    """What one engine holds: tokens by the beginning that they end, the least recently used first."""
+    """What one engine holds, the least recently used first."""
 
-    tokens_max: int = TOKENS_UNTOLD
-    tokens: int = 0
-    entries: "OrderedDict[int, int]" = field(default_factory=OrderedDict)
+    __slots__ = ("line", "tokens", "tokens_max")
+
+    def __init__(self) -> None:
+        self.tokens_max: int = TOKENS_UNTOLD
+        self.tokens: int = 0
+        self.line = Line()
 
     @property
     def room(self) -> int:
         """Tokens that it could hold and has nothing for."""
         return self.tokens_max - self.tokens
+
+    @property
+    def entries(self) -> dict[int, int]:
+        """Tokens by the beginning that they end."""
+        found: dict[int, int] = {}
+        link = self.line.oldest
+        while link is not None:
+            hold = cast("Hold", link)
+            found[hold.beginning.value] = hold.tokens
+            link = link.newer
+        return found
+
+
+class Trail:
+    """A prompt's beginnings as an index has them now, those too that it does not know. To be used at once."""
+
+    __slots__ = ("beginnings", "depth", "home")
+
+    def __init__(self, beginnings: list[Beginning], depth: int) -> None:
+        self.beginnings = beginnings
+        self.home = beginnings[HOME_PLACES[len(beginnings)]]
+        # How many of them are held somewhere.
+        self.depth = depth
+
+    @property
+    def held(self) -> Beginning | None:
+        """The last one that is held."""
+        return self.beginnings[self.depth - 1] if self.depth else None
+
+    @property
+    def tokens(self) -> int:
+        """What they cover."""
+        return TOKENS[len(self.beginnings)]
+
+    @property
+    def tokens_held(self) -> int:
+        """What those cover that are held."""
+        return TOKENS[self.depth]
+
+    @property
+    def last(self) -> "Engine | None":
+        """Where a prompt that begins so was sent last, unless that was started anew since. It may hold some of it yet."""
+        home = self.home
+        engine = home.engine
+        return engine if engine is not None and engine.incarnation == home.incarnation else None
 
 
 class Prefixes:
@@ -111,88 +216,145 @@ class Prefixes:
     def __init__(self, entries_max: int) -> None:
         self._entries_max = entries_max
         self._entries = 0
-        self._holders: dict[int, list[Engine]] = {}
-        # By a prompt's `home_hash`, the oldest first: an engine, and which life of it.
-        self._last: OrderedDict[int, tuple[Engine, int]] = OrderedDict()
+        self._known: dict[Any, Beginning] = {}
+        self._homes = Line()
         # Newest last: prompts that went where not even the first half of them was held. For the other workers.
-        self.news: deque[tuple[Engine, Sequence[int], int]] = deque(maxlen=NEWS_MAX)
+        self.news: deque[tuple[Engine, list[int], int]] = deque(maxlen=NEWS_MAX)
 
     def __len__(self) -> int:
         return self._entries
 
-    def match(self, hashes: Sequence[int]) -> "tuple[int, Sequence[Engine]]":
+    @property
+    def homes(self) -> int:
+        """How many prompts it knows the last engine of."""
+        return self._homes.count
+
+    def holders(self) -> "dict[int, list[Engine]]":
+        """All that is held, and by whom."""
+        return {value: one.holders() for value, one in self._known.items() if one.first is not None}
+
+    def trail(self, hashes: list[Any]) -> Trail:
+        """What it knows of a prompt with these beginnings, one at least."""
+        known = self._known
+        found: list[Beginning] = []
+        depth = 0
+        value: Any
+        for value in hashes:
+            beginning = known.get(value)
+            if beginning is None:
+                beginning = Beginning(value)
+            found.append(beginning)
+            if beginning.first is not None:
+                depth = len(found)
+        return Trail(found, depth)
+
+    def match(self, hashes: list[int]) -> "tuple[int, Sequence[Engine]]":
         """How many of the beginnings are held somewhere, and by whom the last of these is."""
-        holders = self._holders
-        for depth in range(len(hashes), 0, -1):
-            found = holders.get(hashes[depth - 1])
-            if found is not None:
-                return depth, found
-        return 0, ()
+        trail = self.trail(hashes)
+        held = trail.held
+        return (0, ()) if held is None else (trail.depth, held.holders())
 
-    def last(self, hashes: Sequence[int]) -> "Engine | None":
-        """Where a prompt that begins so was sent last, unless that was started anew since. It may hold some of it yet."""
-        found = self._last.get(home_hash(hashes))
-        return found[0] if found is not None and found[0].incarnation == found[1] else None
-
-    def note(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
+    def note(self, engine: "Engine", hashes: list[int], tokens: int) -> None:
         """A prompt with these beginnings, of so many tokens, goes to that engine now."""
-        if home_hash(hashes) not in engine.held.entries:
+        self.follow(self.trail(hashes), engine, hashes, tokens)
+
+    def learn(self, engine: "Engine", hashes: list[int], tokens: int) -> None:
+        """One went to that engine, as another worker tells."""
+        self._take(self.trail(hashes), engine, tokens)
+
+    def follow(self, trail: Trail, engine: "Engine", hashes: list[Any], tokens: int) -> None:
+        """`note`, for who has the prompt's trail."""
+        if trail.home.hold_of(engine) is None:
             self.news.append((engine, hashes, tokens))
-        self.learn(engine, hashes, tokens)
+        self._take(trail, engine, tokens)
 
-    def learn(self, engine: "Engine", hashes: Sequence[int], tokens: int) -> None:
-        """One went to that engine, from here or from another worker.
-
-        The longest is touched first: of one prompt's blocks vLLM too gives up the last ones first.
-        """
-        self._remember(home_hash(hashes), engine)
+    def _take(self, trail: Trail, engine: "Engine", tokens: int) -> None:
+        """The longest is touched first: of one prompt's blocks vLLM too gives up the last ones first."""
+        self._remember(trail.home, engine)
         held = engine.held
-        entries = held.entries
-        last = len(hashes) - 1
-        for place in range(last, -1, -1):
-            value = hashes[place]
-            if value in entries:
-                entries.move_to_end(value)
+        line = held.line
+        found = trail.beginnings
+        place = len(found)
+        upto = max(tokens, TOKENS[place])
+        while place:
+            place -= 1
+            beginning = found[place]
+            hold = beginning.hold_of(engine)
+            before = TOKENS[place]
+            if hold is not None:
+                line.touch(hold)
             else:
-                weight = (ENDS[place] - (ENDS[place - 1] if place else 0)) // BYTES_PER_TOKEN
-                if place == last:
-                    weight = max(weight, tokens - (ENDS[place - 1] // BYTES_PER_TOKEN if place else 0))
-                self._add(engine, value, weight)
+                self._add(engine, beginning, upto - before)
+            upto = before
         while held.tokens > held.tokens_max or self._entries > self._entries_max:
-            if not entries:
+            oldest = line.oldest
+            if oldest is None:
                 break
-            self._drop(engine, *entries.popitem(last=False))
+            self._drop(cast("Hold", oldest))
 
-    def _remember(self, home: int, engine: "Engine") -> None:
-        self._last[home] = engine, engine.incarnation
-        self._last.move_to_end(home)
-        if len(self._last) > self._entries_max:
-            self._last.popitem(last=False)
+    def _remember(self, home: Beginning, engine: "Engine") -> None:
+        homes = self._homes
+        if home.engine is not None:
+            homes.touch(home)
+        else:
+            homes.add(home)
+            self._know(home)
+        home.engine, home.incarnation = engine, engine.incarnation
+        if homes.count > self._entries_max:
+            oldest = cast("Beginning", homes.oldest)
+            homes.remove(oldest)
+            oldest.engine = None
+            self._forget(oldest)
 
-    def _add(self, engine: "Engine", value: int, weight: int) -> None:
-        engine.held.entries[value] = weight
-        engine.held.tokens += weight
+    def _add(self, engine: "Engine", beginning: Beginning, tokens: int) -> None:
+        hold = Hold(engine, beginning, tokens)
+        held = engine.held
+        held.line.add(hold)
+        held.tokens += tokens
         self._entries += 1
-        holders = self._holders.get(value)
-        if holders is None:
-            self._holders[value] = [engine]
+        self._know(beginning)
+        before = beginning.first
+        if before is None:
+            beginning.first = hold
             return
-        holders.append(engine)
-        if len(holders) > HOLDERS_MAX:
-            first = holders[0]
-            self._drop(first, value, first.held.entries.pop(value))
+        count = 2
+        while before.next is not None:
+            before = before.next
+            count += 1
+        before.next = hold
+        if count > HOLDERS_MAX and beginning.first is not None:
+            self._drop(beginning.first)
 
-    def _drop(self, engine: "Engine", value: int, weight: int) -> None:
-        """It was taken out of the engine's entries."""
-        engine.held.tokens -= weight
+    def _drop(self, hold: Hold) -> None:
+        """An engine holds something no more."""
+        held, beginning = hold.engine.held, hold.beginning
+        held.line.remove(hold)
+        held.tokens -= hold.tokens
         self._entries -= 1
-        holders = self._holders[value]
-        holders.remove(engine)
-        if not holders:
-            del self._holders[value]
+        before = beginning.first
+        if before is hold:
+            beginning.first = hold.next
+        else:
+            while before is not None and before.next is not hold:
+                before = before.next
+            if before is not None:
+                before.next = hold.next
+        self._forget(beginning)
+
+    def _know(self, beginning: Beginning) -> None:
+        if not beginning.is_known:
+            beginning.is_known = True
+            self._known[beginning.value] = beginning
+
+    def _forget(self, beginning: Beginning) -> None:
+        """Unless it is held, or a home. Another one may have its place, where two of one prompt have the same hash."""
+        if beginning.first is None and beginning.engine is None:
+            beginning.is_known = False
+            if self._known.get(beginning.value) is beginning:
+                del self._known[beginning.value]
 
     def forget(self, engine: "Engine") -> None:
         """It was started anew, or it left: its cache is gone."""
-        entries = engine.held.entries
-        while entries:
-            self._drop(engine, *entries.popitem())
+        line = engine.held.line
+        while (oldest := line.oldest) is not None:
+            self._drop(cast("Hold", oldest))

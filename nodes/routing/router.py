@@ -7,8 +7,9 @@ at random. The cost is the same for 10 and for 10,000 engines.
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 from nodes.routing.filters import NO_WISHES, Wishes, meets
 from nodes.routing.picker import INFINITE, MISSES_MAX, least_of_a_few, pick, sampled
@@ -16,34 +17,44 @@ from nodes.routing.prefixes import (
     BLOCK_BYTES,
     BYTES_PER_TOKEN,
     Prefixes,
+    Trail,
     beginnings,
-    home_hash,
     seed_of,
-    tokens_of,
+    sign_of,
 )
-from nodes.routing.scorers import SESSION_TOKENS_MIN, Policy, Ties, has_its_share
+from nodes.routing.scorers import (
+    SESSION_TOKENS_MIN,
+    Policy,
+    Ties,
+    has_its_share,
+    is_at_work,
+    share_of,
+)
 from nodes.routing.snapshot import Engine, Group, Snapshot
 
 __all__ = ("MISSES_MAX", "Need", "NoEngine", "Router", "choose")
 
-HOME_SHARES = (0.5, 0.1)
+HOME_SHARE: Final = 0.5
+NEXT_SHARE: Final = 0.1
 """What its home is worth to a prompt, and the next one, as shares of it; where the first is full or has its share, the next
 takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
 for long; too little to make anybody wait."""
 
-LAST_SHARE = 0.9
+LAST_SHARE: Final = 0.9
 """What the engine that a prompt was sent to last is worth to it, where it is not known to hold it: of prompts that are more
 than caches hold, those that move displace others, and find nothing."""
 
-ROOM_TURNS = 1
+ROOM_TURNS: Final = 1
 """How many such prompts more the second home must have room for to be the first: workers see a little late what others do,
 and full caches differ by a little."""
 
-SAMPLE = 2
+SAMPLE: Final = 2
 """Engines at random that a long prompt's own are held against: two suffice to find one that is idle while those are not. Of
 up to twice as many all are looked at."""
 
-PROMPT_MARKS = (b'"messages":[', b'"prompt":', b'"input":')
+CHAT_MARK: Final = b'"messages":['
+COMPLETION_MARK: Final = b'"prompt":'
+INPUT_MARK: Final = b'"input":'
 """Where a prompt begins in a request's JSON. Quotes inside strings are escaped, so text can't be taken for one of these."""
 
 
@@ -123,56 +134,79 @@ class Router:
         is_short = not policy.has_affinity or len(need.body) < BLOCK_BYTES
         if need.wishes is NO_WISHES and (is_short or len(group.fit) < 2):
             return _least_loaded(group, need, policy.sample, policy.turns_max, self._rng)
-        hashes = [] if is_short else hashes_of(need)
+        hashes = [] if is_short else hashes_in(need.body, seed_of(group.sign, need.client))
+        trail = self._prefixes.trail(hashes) if hashes else None
         engine = None
-        if hashes and need.wishes is NO_WISHES and not need.tried and not policy.reputation_tokens:
-            engine = self._least_work(group, need, hashes)
+        if trail is not None and need.wishes is NO_WISHES and not need.tried and not policy.reputation_tokens:
+            engine = self._least_work(group, need, trail)
         if engine is None:
-            engine = self._best(group, need, self.ties_of(group, need, hashes))
+            engine = self._best(group, need, self._ties(group, need, trail))
         group.place(engine)
-        if hashes:
-            self._prefixes.note(engine, hashes, len(need.body) // BYTES_PER_TOKEN)
+        if trail is not None:
+            self._prefixes.follow(trail, engine, hashes, len(need.body) // BYTES_PER_TOKEN)
         if need.wishes.session:
             self._remember(need, engine)
         return engine
 
-    def _least_work(self, group: Group, need: Need, hashes: Sequence[int]) -> Engine | None:
-        """The usual case of `_best`, for a turn without wishes: in one go, and with a sample of two. None where one drawn is
-        unfit."""
-        policy = self.policy
-        weight, turns_max = policy.load_weight, policy.turns_max
-        depth, holders = self._prefixes.match(hashes)
-        spared = tokens_of(depth)
-        placed, unit = group.placed, group.unit
-        best, least = None, INFINITE
-        prompt_tokens = tokens_of(len(hashes))
-        last = self._prefixes.last(hashes)
-        homes = homes_of(group, hashes, holders, last)
-        shares = iter(HOME_SHARES)
-        for engine in homes:
-            if self._may_draw(engine, group, need):
-                share = _worth(engine, last, shares)
-                cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - share * prompt_tokens
-                if engine in holders:
-                    cost -= spared
-                if cost < least:
-                    best, least = engine, cost
-        for engine in holders:
-            if engine not in homes:
-                cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit - spared
-                if cost < least and self._may_draw(engine, group, need):
-                    best, least = engine, cost
-        fit, count, draw = group.fit, group.roomy(need.context), self._rng.random
+    def _least_work(self, group: Group, need: Need, trail: Trail) -> Engine | None:
+        """The usual case of `_best`, for a turn without wishes that was nowhere yet: in one go, and with a sample of two.
+        None where one drawn is unfit."""
+        fit, count = group.fit, group.roomy(need.context)
         if not count:
             return None
-        few = fit[:count] if count <= 2 * SAMPLE else (fit[int(draw() * count)], fit[int(draw() * count)])
-        for engine in few:
-            cost = engine.load.in_tokens * weight + placed.get(engine, 0.0) / unit
-            if cost < least:
-                if not engine.is_fit(turns_max):
-                    return None
-                best, least = engine, cost
+        best, least = self._least_drawn(group, need, trail)
+        is_few = count <= 2 * SAMPLE
+        # One number at random has two: its whole part and, as it is as even, what remains of it.
+        chance = 0.0 if is_few else self._rng.random()
+        for number in range(count if is_few else SAMPLE):
+            place = number
+            if not is_few:
+                chance *= count
+                place = int(chance)
+                chance -= place
+            engine = fit[place]
+            if engine is not best:
+                cost = self._cost(engine, group.placed.get(engine, 0.0), group)
+                if cost < least:
+                    if not engine.is_fit(self.policy.turns_max):
+                        return None
+                    best, least = engine, cost
         return best
+
+    def _least_drawn(self, group: Group, need: Need, trail: Trail) -> tuple[Engine | None, float]:
+        """Of the engines that the prompt is drawn to the one with the least work, and how much that is."""
+        policy, context = self.policy, need.context
+        share = share_of(group, policy)
+        has_room = group.is_roomy_all(context)
+        prompt_tokens, spared = float(trail.tokens), float(trail.tokens_held)
+        held, last = trail.held, trail.last
+        best: Engine | None = None
+        least, worth = INFINITE, HOME_SHARE
+        homes = homes_of(group, trail)
+        for home in homes:
+            had = group.placed.get(home, 0.0)
+            if _may_have_more(home, had, share, policy.turns_max) and (
+                has_room or group.is_roomy(home, context)
+            ):
+                cost = self._cost(home, had, group) - prompt_tokens * (LAST_SHARE if home is last else worth)
+                if held is not None and held.hold_of(home) is not None:
+                    cost -= spared
+                if cost < least:
+                    best, least = home, cost
+                worth = NEXT_SHARE
+        hold = held.first if held is not None else None
+        while hold is not None:
+            engine = hold.engine
+            if engine is not homes[0] and engine is not homes[-1] and group.has(engine):
+                cost = self._cost(engine, group.placed.get(engine, 0.0), group) - spared
+                if cost < least and self._may_draw(engine, group, need):
+                    best, least = engine, cost
+            hold = hold.next
+        return best, least
+
+    def _cost(self, engine: Engine, had: float, group: Group) -> float:
+        """An engine's work before it is at the turn, where it `had` placements of such a weight."""
+        return engine.load.in_tokens * self.policy.load_weight + had / group.unit
 
     def _may_draw(self, engine: Engine, group: Group, need: Need) -> bool:
         """Whether a turn may go to that engine for its cache's sake."""
@@ -222,19 +256,23 @@ class Router:
 
     # --- what draws a turn somewhere ---------------------------------------------------------------------------
 
-    def ties_of(self, group: Group, need: Need, hashes: Sequence[int]) -> Ties:
+    def ties_of(self, group: Group, need: Need, hashes: list[int]) -> Ties:
         """Who holds the prompt's beginning, where it has its home, and its session's engine."""
+        return self._ties(group, need, self._prefixes.trail(hashes) if hashes else None)
+
+    def _ties(self, group: Group, need: Need, trail: Trail | None) -> Ties:
         ties = Ties({}, {})
-        if hashes:
-            depth, holders = self._prefixes.match(hashes)
-            tokens, prompt_tokens = tokens_of(depth), tokens_of(len(hashes))
-            for engine in holders:
+        if trail is not None:
+            tokens, prompt_tokens = trail.tokens_held, trail.tokens
+            for engine in () if trail.held is None else trail.held.holders():
                 if group.has(engine):
                     ties.matched[engine] = tokens
-            last, shares = self._prefixes.last(hashes), iter(HOME_SHARES)
-            for engine in homes_of(group, hashes, holders, last):
+            worth = HOME_SHARE
+            for engine in homes_of(group, trail):
                 if self._may_draw(engine, group, need):
-                    ties.hinted[engine] = int(_worth(engine, last, shares) * prompt_tokens)
+                    share = LAST_SHARE if engine is trail.last else worth
+                    ties.hinted[engine] = int(share * prompt_tokens)
+                    worth = NEXT_SHARE
         if need.wishes.session:
             own = self._sessions.get((need.client, need.wishes.session))
             if own is not None and group.has(own):
@@ -249,40 +287,45 @@ class Router:
             sessions.popitem(last=False)
 
 
-def homes_of(
-    group: Group, hashes: Sequence[int], holders: Sequence[Engine], last: Engine | None
-) -> Sequence[Engine]:
+def _may_have_more(engine: Engine, had: float, share: float, turns_max: int) -> bool:
+    """It is fit, and had no more than its share of placements or is idle."""
+    return engine.is_fit(turns_max) and (had <= share or not is_at_work(engine))
+
+
+def homes_of(group: Group, trail: Trail) -> tuple[Engine, ...]:
     """The homes of a prompt, the better one first: what holds it already or has more room for it in its cache, else where it
-    was `last`. So caches fill evenly, nobody's prompts are given up for it while there is room elsewhere, and those that are
+    was last. So caches fill evenly, nobody's prompts are given up for it while there is room elsewhere, and those that are
     more than fit stay where some of them are found again.
     """
-    homes = group.ring.homes(home_hash(hashes))
+    homes = group.ring.homes(trail.home.value)
     if len(homes) < 2:
         return homes
-    first, second = homes
+    first, second = homes[0], homes[1]
+    held, last = trail.held, trail.last
     if last is not None and last is not first and group.has(last):
         first, second = last, first
-    if first in holders:
+    if held is not None and held.hold_of(first) is not None:
         return first, second
-    if second in holders or second.held.room - first.held.room > ROOM_TURNS * tokens_of(len(hashes)):
+    if (held is not None and held.hold_of(second) is not None) or (
+        second.held.room - first.held.room > ROOM_TURNS * trail.tokens
+    ):
         return second, first
     return first, second
 
 
-def _worth(engine: Engine, last: Engine | None, shares: Iterator[float]) -> float:
-    """What a home is worth to a prompt, as a share of it; the next of `shares` unless the prompt was there last."""
-    share = next(shares)
-    return LAST_SHARE if engine is last else share
-
-
 def hashes_of(need: Need) -> list[int]:
     """The beginnings of the turn's prompt; none where that is too short or has no text."""
-    body = need.body
-    for mark in PROMPT_MARKS:
-        start = body.find(mark)
-        if start >= 0:
-            return beginnings(body, start, seed_of(need.model, need.client))
-    return []
+    return hashes_in(need.body, seed_of(sign_of(need.model), need.client))
+
+
+def hashes_in(body: bytes, seed: int) -> list[int]:
+    """The same, of what will be sent."""
+    start = body.find(CHAT_MARK)
+    if start < 0:
+        start = body.find(COMPLETION_MARK)
+    if start < 0:
+        start = body.find(INPUT_MARK)
+    return beginnings(body, start, seed) if start >= 0 else []
 
 
 def no_engine(group: Group, need: Need, turns_max: int) -> NoEngine:

@@ -5,7 +5,7 @@ counts one, a token in flight there `load_weight`, and hints are worth the token
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from config.defaults import Settings
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SESSION_TOKENS_MIN = 256
 """What going back to a session's engine is worth at least: its answers are in the cache there too, which are not counted."""
 
-SHARE_SLACK = 4
+SHARE_SLACK: Final = 4.0
 """Turns above its share that an engine may have before affinity sends it no more: in small numbers shares mean nothing."""
 
 
@@ -89,8 +89,15 @@ def score(engine: "Engine", group: "Group | None", need: "Need", drawn: int, pol
 def has_its_share(engine: "Engine", group: "Group", policy: Policy) -> bool:
     """It is at work, and got so many of the group's turns of late that nothing but its load may draw more to it. An idle
     engine may have all of them: somebody talks to it alone."""
-    had = group.placed.get(engine, 0.0) - SHARE_SLACK * group.unit
-    if had * len(group.engines) <= policy.share_max * group.total:
-        return False
+    return is_at_work(engine) and group.placed.get(engine, 0.0) > share_of(group, policy)
+
+
+def share_of(group: "Group", policy: Policy) -> float:
+    """The weight of placements that is an engine's share, and a few turns."""
+    return policy.share_max * group.total / float(len(group.engines)) + SHARE_SLACK * group.unit
+
+
+def is_at_work(engine: "Engine") -> bool:
+    """It has turns in flight, from here or from another worker."""
     load = engine.load
     return load.turns > 0 or load.others_turns > 0

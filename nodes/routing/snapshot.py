@@ -15,7 +15,7 @@ from typing import Any
 from nodes.breaker import Breaker
 from nodes.reach import Direct, Reach
 from nodes.routing.homes import Ring, mark_of
-from nodes.routing.prefixes import Held
+from nodes.routing.prefixes import Held, sign_of
 
 TOKENS_PER_WAITING_TURN = 256
 """What a turn waiting inside an engine counts for, when we don't know its size: a common answer's length."""
@@ -155,11 +155,13 @@ class Group:
 
     `context_max` is the largest context that one of them gives the model, None if one does not tell; `context_min` the
     smallest that is told, None if none is. `fit` are those worth a look, the roomiest first. `placed`: turns that this
-    worker sent to each of late, where one now counts `unit`; `total` is their sum.
+    worker sent to each of late, where one now counts `unit`; `total` is their sum. `sign` stands for the model in
+    hashes of prompts.
     """
 
     __slots__ = (
-        "_growth", "_ring", "_scarcity", "context_max", "context_min", "engines", "fit", "placed", "total", "unit",
+        "_growth", "_ring", "_scarcity", "context_max", "context_min", "engines", "fit", "placed", "sign", "total",
+        "unit",
     )  # fmt: skip
 
     def __init__(self, model: str, engines: Iterable[Engine], before: "Group | None" = None) -> None:
@@ -174,12 +176,13 @@ class Group:
         self.engines = tuple(self.fit)
         self._growth = 1.0 + 1.0 / (SHARE_WINDOW * max(1, len(self.engines)))
         self._ring: Ring | None = None
+        self.sign = sign_of(model)
         self.unit: float = 1.0 if before is None else before.unit
         known: dict[Engine, float] = {} if before is None else before.placed
         self.placed: dict[Engine, float] = {
             engine: known[engine] for engine in self.engines if engine in known
         }
-        self.total = sum(self.placed.values())
+        self.total: float = float(sum(self.placed.values()))
 
     @property
     def ring(self) -> Ring:
@@ -200,17 +203,21 @@ class Group:
         self.unit = unit * self._growth
         if unit > UNIT_MAX:
             self.placed = {engine: weight / unit for engine, weight in self.placed.items()}
-            self.total, self.unit = sum(self.placed.values()), 1.0
+            self.total, self.unit = float(sum(self.placed.values())), 1.0
 
     def roomy(self, context: int) -> int:
         """How many of `fit`, from the first, have room for that many tokens."""
-        if self.context_min is None or context <= self.context_min:
+        if self.is_roomy_all(context):
             return len(self.fit)
         return bisect_right(self.fit, -context, key=self._scarcity.__getitem__)
 
     def has(self, engine: Engine) -> bool:
         """Whether that engine belongs to it."""
         return engine in self._scarcity
+
+    def is_roomy_all(self, context: int) -> bool:
+        """Whether each of them has."""
+        return self.context_min is None or context <= self.context_min
 
     def is_roomy(self, engine: Engine, context: int) -> bool:
         """Whether that engine of the group has room for so many tokens."""
@@ -246,7 +253,7 @@ class Snapshot:
     by_model: Mapping[str, tuple[Engine, ...]] = field(default_factory=lambda: MappingProxyType({}))
     engines: tuple[Engine, ...] = ()
     nodes_online: int = 0
-    groups: Mapping[tuple[str, str, int | None], Group] = field(default_factory=lambda: MappingProxyType({}))
+    groups: dict[tuple[str, str, int | None], Group] = field(default_factory=dict)
     cached: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -255,7 +262,7 @@ class Snapshot:
         before: "Snapshot | None" = None,
     ) -> "Snapshot":  # fmt: skip
         """Index `engines` by each model that they serve. `before`: the snapshot whose place this one takes."""
-        known = before.groups if before is not None else {}
+        known: dict[tuple[str, str, int | None], Group] = before.groups if before is not None else {}
         everything = tuple(engines)
         by_model: dict[str, list[Engine]] = {}
         members: dict[tuple[str, str, int | None], list[Engine]] = {}
@@ -266,7 +273,7 @@ class Snapshot:
                 members.setdefault((model, facts.kind, None), []).append(engine)
                 members.setdefault((model, facts.kind, engine.account_id), []).append(engine)
         index = MappingProxyType({model: tuple(row) for model, row in by_model.items()})
-        groups = MappingProxyType({key: Group(key[0], row, known.get(key)) for key, row in members.items()})
+        groups = {key: Group(key[0], row, known.get(key)) for key, row in members.items()}
         return cls(index, everything, nodes_online, groups, MappingProxyType(dict(cached or {})))
 
     def models(self) -> dict[str, Model]:

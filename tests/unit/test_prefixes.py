@@ -1,7 +1,9 @@
 """Which engine is taken to hold which beginnings, for how long, and where a prompt goes that nobody holds."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
+from zlib import crc32
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,11 +14,12 @@ from nodes.routing.prefixes import (
     HOLDERS_MAX,
     HOME_PLACES,
     NEWS_MAX,
+    TOKENS,
     Prefixes,
     beginnings,
     home_hash,
     seed_of,
-    tokens_of,
+    sign_of,
 )
 from nodes.routing.snapshot import Engine
 from tests.unit.test_router import engine
@@ -40,8 +43,17 @@ def test_where_a_prompt_stands_in_its_request_is_no_matter():
     assert beginnings(b"xyz" + PROMPT, 3, 1) == hashes_of(PROMPT)
 
 
+@pytest.mark.parametrize("size", [0, 1023, 1024, 4095, 70_000, 1_000_000])
+def test_a_beginnings_hash_is_that_of_all_of_it(size):
+    """Whatever pieces it was made from: so lengths that are hashed may change without the hashes."""
+    prompt = bytes(number * number % 251 for number in range(size + 20))
+    for start in (0, 20):
+        ends = [end for end in ENDS if start + end <= len(prompt)]
+        assert beginnings(prompt, start, 7) == [crc32(prompt[start : start + end], 7) for end in ends]
+
+
 def test_accounts_and_models_share_no_beginning():
-    seeds = {seed_of("m", 1), seed_of("m", 2), seed_of("n", 1)}
+    seeds = {seed_of(sign_of(model), account) for model, account in [("m", 1), ("m", 2), ("n", 1)]}
     assert len(seeds) == 3
     assert len({hashes_of(PROMPT, seed)[0] for seed in seeds}) == 3
 
@@ -63,13 +75,13 @@ def test_the_longest_beginning_that_is_held_is_found_with_who_holds_it():
 
 def test_an_engine_holds_no_more_than_its_cache_and_gives_up_the_oldest_first():
     prefixes, one = Prefixes(1000), engine()
-    one.held.tokens_max = 2 * tokens_of(3)
+    one.held.tokens_max = 2 * TOKENS[3]
     prompts = [hashes_of(bytes([number]) * ENDS[2]) for number in range(3)]
     for hashes in prompts[:2]:
-        prefixes.note(one, hashes, tokens_of(3))
+        prefixes.note(one, hashes, TOKENS[3])
     assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 3, 0]
-    prefixes.note(one, prompts[0], tokens_of(3))  # used again: now the second is the oldest
-    prefixes.note(one, prompts[2], tokens_of(3))
+    prefixes.note(one, prompts[0], TOKENS[3])  # used again: now the second is the oldest
+    prefixes.note(one, prompts[2], TOKENS[3])
     assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 0, 3]
     assert one.held.tokens == one.held.tokens_max
 
@@ -134,7 +146,113 @@ def test_whatever_happens_the_index_is_bounded_and_both_sides_agree(steps):
         assert len(prefixes) == sum(len(each.entries) for each in held) <= 12
         assert all(each.tokens == sum(each.entries.values()) <= each.tokens_max for each in held)
         pairs = {(value, each) for each in engines for value in each.held.entries}
-        assert pairs == {(value, each) for value, row in prefixes._holders.items() for each in row}
+        assert pairs == {(value, each) for value, row in prefixes.holders().items() for each in row}
+
+
+class Plain:
+    """The same index, a look-up at a time."""
+
+    def __init__(self, entries_max: int) -> None:
+        self.entries_max = entries_max
+        self.held: dict[Engine, OrderedDict[int, int]] = {}
+        self.holders: dict[int, list[Engine]] = {}
+        self.last: OrderedDict[int, tuple[Engine, int]] = OrderedDict()
+        self.news: list[tuple[Engine, list[int], int]] = []
+
+    def note(self, one: Engine, hashes: list[int], tokens: int) -> None:
+        if home_hash(hashes) not in self.held.get(one, ()):
+            self.news.append((one, hashes, tokens))
+        self.learn(one, hashes, tokens)
+
+    def learn(self, one: Engine, hashes: list[int], tokens: int) -> None:
+        home, entries = home_hash(hashes), self.held.setdefault(one, OrderedDict())
+        self.last[home] = one, one.incarnation
+        self.last.move_to_end(home)
+        if len(self.last) > self.entries_max:
+            self.last.popitem(last=False)
+        for place in range(len(hashes) - 1, -1, -1):
+            value = hashes[place]
+            if value in entries:
+                entries.move_to_end(value)
+                continue
+            upto = max(tokens, TOKENS[place + 1]) if place == len(hashes) - 1 else TOKENS[place + 1]
+            entries[value] = upto - TOKENS[place]
+            holders = self.holders.setdefault(value, [])
+            holders.append(one)
+            if len(holders) > HOLDERS_MAX:
+                del self.held[holders.pop(0)][value]
+        while entries and (
+            sum(entries.values()) > one.held.tokens_max
+            or sum(map(len, self.held.values())) > self.entries_max
+        ):
+            self.drop(one, next(iter(entries)))
+
+    def drop(self, one: Engine, value: int) -> None:
+        del self.held[one][value]
+        self.holders[value].remove(one)
+        if not self.holders[value]:
+            del self.holders[value]
+
+    def forget(self, one: Engine) -> None:
+        for value in list(self.held.get(one, ())):
+            self.drop(one, value)
+
+
+CHAINS = st.integers(0, 99).flatmap(lambda seed: st.integers(1, 8).map(lambda size: chain(seed, size)))
+
+
+def chain(seed: int, size: int) -> list[int]:
+    """The beginnings of one of ten prompts, which begin alike by twos, up to a length."""
+    return [place * 100 + (seed % 10 if place > 2 else seed % 5) for place in range(size)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["note", "note", "learn", "forget"]), st.integers(0, 6), CHAINS, st.integers(0, 9000)),
+        max_size=80,
+    ),
+    st.integers(5, 40),
+)  # fmt: skip
+def test_the_index_is_as_one_that_is_plainly_written(steps, entries_max):
+    engines = [engine(str(number)) for number in range(7)]
+    for one in engines:
+        one.held.tokens_max = 9000
+    prefixes, plain = Prefixes(entries_max), Plain(entries_max)
+    for step, which, hashes, tokens in steps:
+        one = engines[which]
+        for index in (prefixes, plain):
+            if step == "forget":
+                index.forget(one)
+            else:
+                getattr(index, step)(one, hashes, tokens)
+        if step == "forget":
+            one.incarnation += 1
+        assert prefixes.holders() == plain.holders
+        assert [list(each.held.entries.items()) for each in engines] == [
+            list(plain.held.get(each, {}).items()) for each in engines
+        ]
+        assert [each.held.tokens for each in engines] == [sum(each.held.entries.values()) for each in engines]
+        assert (list(prefixes.news), prefixes.homes) == (plain.news, len(plain.last))
+        for seed in range(10):
+            for size in range(1, 9):
+                trail = prefixes.trail(chain(seed, size))
+                last, life = plain.last.get(home_hash(chain(seed, size)), (None, 0))
+                assert trail.last is (last if last is not None and last.incarnation == life else None)
+                held = [value in plain.holders for value in chain(seed, size)]
+                assert trail.depth == max((place + 1 for place in range(size) if held[place]), default=0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 3), min_size=1, max_size=6)), max_size=40)
+)
+def test_a_prompt_two_beginnings_of_which_have_one_hash_does_no_harm(steps):
+    prefixes, engines = Prefixes(9), [engine(str(number)) for number in range(3)]
+    for which, hashes in steps:
+        prefixes.note(engines[which], hashes, 700)
+        assert len(prefixes) == sum(each.held.line.count for each in engines) <= 9
+    for one in engines:
+        prefixes.forget(one)
+    assert (len(prefixes), prefixes.holders()) == (0, {})
 
 
 # --- homes ------------------------------------------------------------------------------------------------------

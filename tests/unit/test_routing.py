@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config.defaults import Settings
+from nodes.routing.explain import explain
 from nodes.routing.filters import Wishes
 from nodes.routing.prefixes import Prefixes, home_hash
 from nodes.routing.router import Need, NoEngine, Router, hashes_of
@@ -111,11 +114,11 @@ def test_what_an_engine_was_sent_before_it_was_started_anew_draws_nothing_there(
     of = router()
     of.route(Snapshot.of([one, engine("b")], 1), need(SYSTEM[0]))
     hashes = hashes_of(need(SYSTEM[0]))
-    holder = of._prefixes.last(hashes)
+    holder = of._prefixes.trail(hashes).last
     assert holder is not None
     of._prefixes.forget(holder)
     holder.incarnation += 1
-    assert of._prefixes.last(hashes) is None
+    assert of._prefixes.trail(hashes).last is None
 
 
 def test_where_prompts_were_is_remembered_within_a_bound():
@@ -123,7 +126,7 @@ def test_where_prompts_were_is_remembered_within_a_bound():
     one = engine("a")
     for system in SYSTEM:
         of.note(one, hashes_of(need(system)), 1000)
-    assert len(of._last) == 50
+    assert of.homes == 50
 
 
 @pytest.mark.parametrize("state", ["full", "open", "tried", "other provider", "small"])
@@ -225,6 +228,49 @@ def test_two_workers_that_do_not_talk_send_a_prompt_to_the_same_engine():
         for system in SYSTEM
     )
     assert same >= 0.8 * len(SYSTEM)
+
+
+STATES = st.tuples(
+    st.integers(0, 60), st.integers(0, 2), st.sampled_from([2, 2**62, 2**62]), st.booleans(),
+    st.sampled_from([0, 600, 9000]), st.integers(0, 90),
+)  # fmt: skip
+
+
+@given(
+    st.lists(STATES, min_size=2, max_size=4),
+    st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_what_is_chosen_in_one_go_is_what_costs_least_as_told_part_by_part(states, prompts, is_large):
+    """In pools so small that every engine is looked at: however full, broken, small and often chosen they are."""
+    engines = []
+    for number, (tokens, turns, cap, is_open, context, _) in enumerate(states):
+        one = engine(
+            str(number),
+            context=context,
+            tokens=100 * tokens,
+            others_turns=turns,
+            is_open=is_open and not turns,
+        )
+        one.load.turns, one.load.cap = turns, cap
+        one.held.tokens_max = 2500
+        engines.append(one)
+    snapshot, of = Snapshot.of(engines, 1), router(choice_sample=8)
+    group = snapshot.groups[M, "generate", None]
+    for one, state in zip(engines, states, strict=True):
+        for _ in range(state[-1]):
+            group.place(one)
+    for prompt in prompts:
+        wanted = need(SYSTEM[prompt] + b"x" * 700 * (prompt % 3), context=1000 if is_large else 0)
+        rows = [row for row in explain(snapshot, wanted, of)["candidates"] if not row["failed"]]
+        rows = [row for row in rows if row["is_roomy"]] or rows
+        if not rows:
+            with pytest.raises(NoEngine):
+                of.route(snapshot, wanted)
+            continue
+        found = of.route(snapshot, wanted)
+        totals = {row["engine"]: row["scores"]["total"] for row in rows}
+        assert totals[found.key] <= min(totals.values()) + 1.1, "hints are told in whole tokens"
 
 
 # --- wishes --------------------------------------------------------------------------------------------------------
