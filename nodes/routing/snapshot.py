@@ -10,7 +10,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from nodes.breaker import Breaker
 from nodes.reach import Direct, Reach
@@ -20,10 +20,10 @@ from nodes.routing.prefixes import Held, sign_of
 TOKENS_PER_WAITING_TURN = 256
 """What a turn waiting inside an engine counts for, when we don't know its size: a common answer's length."""
 
-UNTOLD = 2**62
+UNTOLD: Final = 2**61
 """Tokens of context that an engine counts as having if it does not tell how many."""
 
-UNCAPPED = 2**62
+UNCAPPED: Final = 2**61
 """Turns that an engine takes which has refused none."""
 
 SHARE_WINDOW = 256
