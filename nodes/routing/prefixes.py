@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 from zlib import crc32
 
+from xxhash import xxh3_64_intdigest
+
 from nodes.routing.lines import Line, Link
 
 if TYPE_CHECKING:
@@ -55,13 +57,12 @@ COPIED_MAX: Final = 65536
 def beginnings(prompt: bytes, start: int, seed: int) -> list[int]:
     """Hashes of the beginnings of `prompt[start:]`. The same in every process; `seed` keeps accounts and models apart.
 
-    CRC-32 is the fastest hash in the standard library that goes on from an earlier value and is the same everywhere. Two
-    texts with one hash send a turn to an engine without its prefix, which is all that a forger could gain, on his own
-    account's turns.
+    Each is made of the bytes since the one before, with that for its seed. Two texts with one hash send a turn to an engine
+    without its prefix, which is all that a forger could gain, on his own account's turns.
     """
     hashes: list[Any] = []  # objects, which integers would be made of and into anew at each step
     value: Any = seed
-    hashed: Any = crc32
+    hashed: Any = xxh3_64_intdigest
     room = len(prompt) - start
     before = start
     for end in ENDS:

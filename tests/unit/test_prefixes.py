@@ -1,7 +1,8 @@
 """Which engine is taken to hold which beginnings, for how long, and where a prompt goes that nobody holds."""
 
+import subprocess
+import sys
 from collections import Counter, OrderedDict
-from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -44,12 +45,26 @@ def test_where_a_prompt_stands_in_its_request_is_no_matter():
 
 
 @pytest.mark.parametrize("size", [0, 1023, 1024, 4095, 70_000, 1_000_000])
-def test_a_beginnings_hash_is_that_of_all_of_it(size):
-    """Whatever pieces it was made from: so lengths that are hashed may change without the hashes."""
+def test_a_beginnings_hash_is_made_of_every_byte_of_it_and_of_no_other(size):
     prompt = bytes(number * number % 251 for number in range(size + 20))
     for start in (0, 20):
         ends = [end for end in ENDS if start + end <= len(prompt)]
-        assert beginnings(prompt, start, 7) == [crc32(prompt[start : start + end], 7) for end in ends]
+        hashes = beginnings(prompt, start, 7)
+        assert len(hashes) == len(set(hashes)) == len(ends)
+        for place, end in enumerate(ends):
+            begin = ends[place - 1] if place else 0
+            for at in (begin, (begin + end) // 2, end - 1):
+                changed = bytearray(prompt)
+                changed[start + at] ^= 1
+                others = beginnings(bytes(changed), start, 7)
+                assert others[:place] == hashes[:place]
+                assert not set(others[place:]) & set(hashes)
+
+
+def test_hashes_are_the_same_in_every_process():
+    code = "from nodes.routing.prefixes import beginnings; print(beginnings(b'x' * 3000, 0, 7))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == str(beginnings(b"x" * 3000, 0, 7))
 
 
 def test_accounts_and_models_share_no_beginning():
