@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from config.clock import monotonic
 from config.defaults import Settings
-from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream
+from gateway.relay.downstream import EVENT_STREAM, ClientGone, Downstream, is_gone, send_on
 from gateway.relay.events import Tokens, error_of, first_event
 from gateway.relay.faults import broken, fault_of_answer, fault_of_event, silent, too_large, too_long
 from gateway.relay.tap_complete import CompleteTap
@@ -79,9 +79,10 @@ class Flight(ABC):
         self.begun_s = monotonic()
         self.due_s = self.begun_s + desk.settings.answer_timeout_s
         self._desk = desk
+        self._landed = landed
+        # What each piece of a stream needs comes last, to lie with what else it needs.
         self._connection: UpstreamConnection | None = connection
         self._down = down
-        self._landed = landed
 
     def __repr__(self) -> str:
         state = "under way" if self._connection is not None else "over" if self.error is None else "failed"
@@ -276,9 +277,8 @@ class StreamFlight(Flight):
         connection = self._connection
         if connection is None:
             return
-        if (
-            self._down.is_gone and not self._gathers
-        ):  # what can't be written is not delivered, so it is not counted
+        # What can't be written is not delivered, so it is not counted.
+        if not self._gathers and is_gone(self._down):
             self.news()
             return
         self._relay(connection, data)
@@ -287,12 +287,10 @@ class StreamFlight(Flight):
             self.news()
 
     def _relay(self, connection: UpstreamConnection, data: bytes) -> None:
-        tap, down = self._tap, self._down
+        tap = self._tap
         out = tap.feed(data)
-        if out and not self._gathers:
-            down.write(out)
-            if down.is_full:
-                connection.pause()
+        if out and not self._gathers and send_on(self._down, out):
+            connection.pause()
         tokens, tokens_max = tap.tokens, self._tokens_max
         if tokens.completion > tokens_max and (
             not tokens.estimated or tokens.completion > tokens_max * ESTIMATE_SLACK

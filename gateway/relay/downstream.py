@@ -95,6 +95,7 @@ class HttpDownstream:
     """Downstream over a client's transport, for one answer."""
 
     __slots__ = (
+        "_buffer_bytes",
         "_chunked",
         "_connection",
         "_ending",
@@ -116,11 +117,13 @@ class HttpDownstream:
     ) -> None:
         """`stall_s`: a client that reads nothing for this long is taken as gone. `own_lines`: headers that each answer on
         this connection has, as they stand in a head."""
-        self._connection = connection
+        # What each piece of a stream needs comes first, to lie together.
         self._transport: Any = connection.transport
+        self._buffer_bytes = connection.buffer_bytes
+        self._chunked = False
+        self._connection = connection
         self._is_http_11 = is_http_11
         self._ending = own_lines
-        self._chunked = False
         self.stall_s = stall_s
         self.keep_alive = keep_alive
         self.is_started = False
@@ -133,7 +136,10 @@ class HttpDownstream:
     def is_full(self) -> bool:
         # Not `writing_paused`: uvloop says that at the end of a tick, in which an engine can send 8 MB.
         transport = self._transport
-        return transport is not None and transport.get_write_buffer_size() > self._connection.buffer_bytes
+        if transport is None:
+            return False
+        waiting_bytes: int = transport.get_write_buffer_size()
+        return waiting_bytes > self._buffer_bytes
 
     def start(self, headers: dict[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
@@ -144,11 +150,11 @@ class HttpDownstream:
         self._send(b"".join((STATUS_LINES[200], lines_of(headers), told.lines, framing, self._ended_head())))
 
     def write(self, data: bytes) -> None:
-        self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        self._send(chunk_of(data) if self._chunked else data)
 
     def finish(self, data: bytes = b"") -> None:
         if self._chunked:
-            self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n")
+            self._send(chunk_of(data) + b"0\r\n\r\n" if data else b"0\r\n\r\n")
         elif data:
             self._send(data)
 
@@ -191,6 +197,34 @@ class HttpDownstream:
         transport = self._transport
         if transport is not None and not transport.is_closing():
             transport.write(data)
+
+
+def is_gone(down: Downstream) -> bool:
+    """Nobody reads any more. Compiled, what most are is asked straight, and any other by the name of what is asked."""
+    if isinstance(down, HttpDownstream):
+        return down.is_gone
+    return down.is_gone
+
+
+def send_on(down: Downstream, data: bytes) -> bool:
+    """Send some of a stream, in the same two ways. Returns whether more waits now than the client may let wait."""
+    if isinstance(down, HttpDownstream):
+        down.write(data)
+        return down.is_full
+    down.write(data)
+    return down.is_full
+
+
+SIZES: Final = 1024
+SIZE_LINES: Final = [b"%x\r\n" % size for size in range(SIZES)]
+"""How chunks of a usual size begin."""
+
+
+def chunk_of(data: bytes) -> bytes:
+    """An HTTP chunk."""
+    size = len(data)
+    line = SIZE_LINES[size] if size < SIZES else b"%x\r\n" % size
+    return b"%b%b\r\n" % (line, data)
 
 
 def lines_of(headers: dict[str, str]) -> bytes:

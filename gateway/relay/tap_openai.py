@@ -4,7 +4,7 @@ Counts are kept as they come by, so what was delivered is known at every instant
 """
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -13,26 +13,50 @@ from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
 
 _INDEX = re.compile(rb'"choices":\[\{"index":(\d+)')
-_PLAIN = b'data: {"id":'
+_PLAIN: Final = b'data: {"id":'
 _PLAIN_USAGE = re.compile(
-    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":\d+,"completion_tokens":(\d{1,12})(?:,"[a-z_]+":null)*\}\}\n\n'
+    rb',"usage":\{"prompt_tokens":(\d{1,12}),"total_tokens":(\d+),"completion_tokens":(\d{1,12})(?:,"[a-z_]+":null)*\}\}\n\n'
 )
-_USUAL_USAGE = b',"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b'
-_UNFINISHED = b'"finish_reason":null'
-_UNFINISHED_WITHIN = 100
+_BEFORE_COUNT: Final = b',"completion_tokens":'
+_PLAIN_ENDS: Final = b"}\n\n"
+_UNFINISHED: Final = b',"finish_reason":null'
+_UNFINISHED_WITHIN: Final = 100
 """Bytes before the usage in which a plain event says that."""
 
-_FINISH = b'"finish_reason":"'
-_NO_CHOICES = b'"choices":[]'
-_DONE = b"data: [DONE]"
+_DIGITS_MAX: Final = 12
+_ZERO: Final = 0x30
+_NINE: Final = 0x39
+_NEWLINE: Final = 0x0A
+
+_FINISH: Final = b'"finish_reason":"'
+_NO_CHOICES: Final = b'"choices":[]'
+_DONE: Final = b"data: [DONE]"
+
+_SHAPES_MAX: Final = 64
+"""Shapes that are kept for all streams: an engine has one for each kind of answer and version."""
+
+
+class _Shape:
+    """How plain events go on behind their text, as far as it is the same whatever was asked and answered."""
+
+    __slots__ = ("after_count", "before_usage")
+
+    def __init__(self, before_usage: bytes, after_count: bytes) -> None:
+        """`before_usage`: from `,"finish_reason":null` on. `after_count`: behind the completion tokens, to the end."""
+        self.before_usage = before_usage
+        self.after_count = after_count
+
+
+_shapes: Final[dict[tuple[bytes, bytes], _Shape]] = {}
+"""One object for all streams of a shape, which they find in the processor's cache."""
 
 
 class OpenAITap(Tap):
     """Filter of one chat or completion stream."""
 
     __slots__ = (
-        "_after_count", "_asked", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_prompts",
-        "_tail", "_terminal", "_wants_every", "_wants_usage", "finishes",
+        "_asked", "_before_total", "_choices", "_has_counts", "_has_last_word", "_is_plain", "_per_choice", "_plain_prompt",
+        "_prompts", "_shape", "_tail", "_terminal", "_wants_every", "_wants_usage", "finishes",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +71,12 @@ class OpenAITap(Tap):
         """`choices`: answers to expect, n times prompts. `wants_every`: the client asked for continuous usage itself.
         `asked`: messages or prompt, whose tokens are estimated if the engine reports none."""
         super().__init__()
+        # What each plain event needs comes first, to lie together.
+        self._tail = b""
+        self._is_plain = False  # pieces may be looked at by `_plain_event`
+        self._shape: _Shape | None = None  # of the last plain event
+        self._before_total = b""  # and its usage up to there
+        self._plain_prompt = 0
         self.finishes = 0
         self._asked = asked
         self._wants_usage = wants_usage
@@ -55,10 +85,7 @@ class OpenAITap(Tap):
         self._prompts = prompts
         self._per_choice: dict[int, tuple[int, int]] = {}
         self._has_counts = False
-        self._is_plain = False  # pieces may be looked at by `_plain_event`
-        self._after_count = b"}}\n\n"  # how the last plain event went on behind its count
         self._has_last_word = False
-        self._tail = b""
         self._terminal = b""
 
     @property
@@ -72,9 +99,29 @@ class OpenAITap(Tap):
     def feed(self, data: bytes) -> bytes:
         if self.error is not None or self.is_done:
             return b""
-        if self._is_plain and (plain := self._plain_event(data)) is not None:
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        elif self._is_plain and (plain := self._plain_event(data)) is not None:
             return plain
-        data = self._tail + data if self._tail else data
+        out: list[bytes] = []
+        at = 0
+        if not self._has_counts and (first := data.find(b"\n\n")) >= 0:  # it tells whether plain ones follow
+            at = first + 2
+            out.append(self._events(data[:at]))
+        while self._is_plain and (end := data.find(b"\n", at) + 2) > 1:
+            if end - at == len(data) or (plain := self._plain_event(data[at:end])) is None:
+                break
+            out.append(plain)
+            at = end
+        if at < len(data):
+            out.append(self._events(data[at:] if at else data))
+        return b"".join(out)
+
+    def _events(self, data: bytes) -> bytes:
+        """Any events, of which the last may be a part."""
+        if self.error is not None or self.is_done:
+            return b""
         end = data.rfind(b"\n\n") + 2
         if end == 1:
             self._tail = data
@@ -88,29 +135,53 @@ class OpenAITap(Tap):
         return self._count(whole)
 
     def _plain_event(self, data: bytes) -> bytes | None:
-        """The usual piece: one event in the middle of an answer, with a count, which is kept and taken out. None: another.
+        """One event in the middle of an answer, with counts, which are kept and taken out. None: another, or more than one.
 
-        With bare quotes, `"finish_reason":null` is the event's own, and so is the last `,"usage":{`.
+        Most are the last one but for text, total and completion tokens, which is seen without a pattern. With bare quotes,
+        `,"finish_reason":null` is the event's own, and so is the last `,"usage":{`.
         """
-        end = len(data)
-        if self._tail or not data.startswith(_PLAIN) or data.find(b"\n") != end - 2:
+        if not data.startswith(_PLAIN):
             return None
+        shape, before_total = self._shape, self._before_total
+        if shape is None or not data.endswith(shape.after_count):
+            return self._other_plain(data)
+        count_ends = len(data) - len(shape.after_count)
+        count_at = digits_begin(data, count_ends)
+        total_ends = count_at - len(_BEFORE_COUNT)
+        total_at = digits_begin(data, total_ends)
+        at = total_at - len(before_total)
+        if (
+            at <= 0
+            or not 0 < count_ends - count_at <= _DIGITS_MAX
+            or data[total_ends:count_at] != _BEFORE_COUNT
+            or total_at == total_ends
+            or data[at:total_at] != before_total
+        ):
+            return self._other_plain(data)
+        before = data[:at]
+        if _NEWLINE in before or not before.endswith(shape.before_usage):
+            return self._other_plain(data)
         tokens = self.tokens
-        prompt, completion = tokens.prompt, tokens.completion + 1
-        usual = _USUAL_USAGE % (prompt, prompt + completion, completion, self._after_count)
-        if data.endswith(usual):
-            at = end - len(usual)
-        else:  # several tokens at once, or the first count
-            at = data.rfind(b',"usage":{')
-            match = _PLAIN_USAGE.fullmatch(data, at) if at >= 0 else None
-            if match is None:
-                return None
-            prompt, completion = int(match[1]), int(match[2])
-            self._after_count = data[match.end(2) :]
-        if data.find(_UNFINISHED, max(0, at - _UNFINISHED_WITHIN)) < 0:
+        tokens.prompt = self._plain_prompt
+        tokens.completion = number_of(data, count_at, count_ends)
+        return before + _PLAIN_ENDS
+
+    def _other_plain(self, data: bytes) -> bytes | None:
+        """A plain event that differs from the last one in more than its text and counts, if it is one."""
+        if data.find(b"\n") != len(data) - 2:
             return None
-        tokens.prompt, tokens.completion = prompt, completion
-        return data[:at] + b"}\n\n"
+        at = data.rfind(b',"usage":{')
+        match = _PLAIN_USAGE.fullmatch(data, at) if at >= 0 else None
+        if match is None:
+            return None
+        unfinished_at = data.rfind(_UNFINISHED, max(0, at - _UNFINISHED_WITHIN), at)
+        if unfinished_at < 0:
+            return None
+        self.tokens.prompt, self.tokens.completion = int(match[1]), int(match[3])
+        self._plain_prompt = self.tokens.prompt
+        self._before_total = data[at : match.start(2)]
+        self._shape = shape_of(data[unfinished_at:at], data[match.end(3) :])
+        return data[:at] + _PLAIN_ENDS
 
     def _ends(self, whole: bytes) -> bytes:
         """The rare batch with an end in it, from there on event by event: returns the ordinary events, which go out now."""
@@ -198,6 +269,32 @@ class OpenAITap(Tap):
         if self._wants_usage and self._has_last_word:
             return terminal.replace(b"}\n\n", b',"cost_halala":%d}\n\n' % cost_minor, 1)
         return terminal
+
+
+def shape_of(before_usage: bytes, after_count: bytes) -> _Shape:
+    """The shape with these bytes."""
+    shape = _shapes.get((before_usage, after_count))
+    if shape is None:
+        shape = _Shape(before_usage, after_count)
+        if len(_shapes) < _SHAPES_MAX:
+            _shapes[before_usage, after_count] = shape
+    return shape
+
+
+def digits_begin(data: bytes, end: int) -> int:
+    """Where the digits begin that end there."""
+    at = end
+    while at > 0 and _ZERO <= data[at - 1] <= _NINE:
+        at -= 1
+    return at
+
+
+def number_of(data: bytes, start: int, end: int) -> int:
+    """The number that these digits are."""
+    number = 0
+    for place in range(start, end):
+        number = number * 10 + data[place] - _ZERO
+    return number
 
 
 def _texts(body: bytes) -> list[str]:

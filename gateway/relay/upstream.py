@@ -10,7 +10,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import httptools
 
@@ -42,23 +42,29 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection; `begin` starts a turn on it and says who gets the news, `attach` lets the body flow."""
 
     __slots__ = (
-        "_come", "_is_between_chunks", "_is_parsing", "_keeps_alive", "_lacking", "_linger", "_look_at_bytes", "_loop",
-        "_news", "_parser", "_pool", "_sink", "buffered", "closed", "complete", "failure", "is_paused", "last_data_s",
-        "parts", "status", "transport", "turns",
+        "_chunk_lacks", "_come", "_is_between_chunks", "_is_parsing", "_keeps_alive", "_lacking", "_linger",
+        "_look_at_bytes", "_loop", "_news", "_parser", "_pool", "_sink", "buffered", "closed", "complete", "failure",
+        "is_paused", "last_data_s", "parts", "status", "transport", "turns",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "UpstreamPool | None" = None) -> None:
+        # What each piece of a stream needs comes first, to lie together.
         self._loop = loop
+        self._sink: Sink | None = None
+        self.last_data_s = 0.0
+        self.failure: UpstreamLost | None = None
+        self.complete = True
+        self.is_paused = False
+        self._is_parsing = False  # llhttp has seen some of this answer, so it sees all but whole chunks of it
+        self._is_between_chunks = False
         self._pool = pool
         self._news: Callable[[], None] | None = None
-        self._sink: Sink | None = None
-        self.is_paused = False
         self.transport: Any = None
         self.closed = False
         self.turns = 0
         self._parser = httptools.HttpResponseParser(self)
-        self._is_parsing = False  # llhttp has seen some of this answer, so it sees all of it
         self._lacking = 0  # bytes of a plain answer that are still to come
+        self._chunk_lacks = 0  # bytes that the chunk which llhttp is in seems to lack
         self._keeps_alive = False
         self._look_at_bytes = READ_AHEAD_BYTES
         self._linger: asyncio.TimerHandle | None = None
@@ -66,10 +72,6 @@ class UpstreamConnection(asyncio.Protocol):
         self.parts: list[bytes] = []
         self.buffered = 0
         self._come: list[bytes] = []  # of a stream, in what was read at once
-        self._is_between_chunks = False
-        self.complete = True
-        self.failure: UpstreamLost | None = None
-        self.last_data_s = 0.0
 
     # --- the turn's side --------------------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ class UpstreamConnection(asyncio.Protocol):
         """
         self.status = 0
         self._is_between_chunks = self._is_parsing = False
-        self._lacking = 0
+        self._lacking = self._chunk_lacks = 0
         self._news = news
         self.parts.clear()
         self.buffered = 0
@@ -189,9 +191,12 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self.last_data_s = self._loop.time()
         if self._is_parsing:
-            if self._is_between_chunks and self._sink is not None and (body := one_chunk(data)) is not None:
-                self._pass_on(body)
-                return
+            if self._is_between_chunks and self._sink is not None:
+                start, end = plain_chunk(data, 0)
+                # One whole chunk, as most reads of a stream are.
+                if end == len(data) and is_closed(data, end):
+                    self._pass_on(data[start : end - 2])
+                    return
             self._parse(data)
         elif self._lacking:
             self._take_plain(data)
@@ -248,22 +253,58 @@ class UpstreamConnection(asyncio.Protocol):
             self.resume()
 
     def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserCallbackError:
-            if self.complete:
-                self.close()  # a second answer right behind the first: see on_message_begin
-                return
-            log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
-            self._fail(UpstreamLost("the engine's answer could not be relayed"))
-        except httptools.HttpParserError as error:
-            self._fail(UpstreamLost(f"the engine's answer is not HTTP: {type(error).__name__}"))
-        except httptools.HttpParserUpgrade:
-            self._fail(UpstreamLost("the engine answered with an upgrade"))
+        """Whole plain chunks are cut out here; llhttp sees the rest, to which it is as if they had never been."""
+        at = 0 if self._is_between_chunks else self._until_chunk(data)
+        if at and not self._feed(data if at == len(data) else data[:at]):
+            return
+        if at < len(data):
+            if self._is_between_chunks:
+                bodies = self._come if self._sink is not None else []
+                at = cut_chunks(data, at, bodies)
+                if self._sink is None and bodies:
+                    self._buffer(b"".join(bodies))
+            if at < len(data):
+                self._chunk_lacks = max(0, plain_chunk(data, at)[1] - len(data))
+                self._is_between_chunks = False  # in the first line of a chunk llhttp says nothing
+                if not self._feed(data[at:] if at else data):
+                    return
         if self._come:
-            body = b"".join(self._come)
+            body = self._come[0] if len(self._come) == 1 else b"".join(self._come)
             self._come.clear()
             self._pass_on(body)
+
+    def _until_chunk(self, data: bytes) -> int:
+        """How much of `data` llhttp sees before it is asked whether it is between chunks.
+
+        A guess, by what looks like the first line of a chunk; where it is wrong llhttp sees the rest too.
+        """
+        end = self._chunk_lacks
+        if not end:
+            head_bytes = data.find(b"\r\n\r\n") + 4 if self.status == 0 else 0
+            end = plain_chunk(data, head_bytes)[1]
+        self._chunk_lacks = max(0, end - len(data))
+        return end if 0 < end < len(data) else len(data)
+
+    def _feed(self, data: bytes) -> bool:
+        """To llhttp. False: the connection has failed, and nothing may follow."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if self.complete:  # what is right behind the answer is no part of it: see on_message_begin
+                self._keeps_alive = False
+                if self._news is None:  # released already, and perhaps idle
+                    self.close()
+                return True
+            if isinstance(error, httptools.HttpParserCallbackError):
+                log.exception("a relay failed on an engine's answer", extra={"action": "relay_failed"})
+                self._fail(UpstreamLost("the engine's answer could not be relayed"))
+            else:
+                self._fail(UpstreamLost(f"the engine's answer is not HTTP: {type(error).__name__}"))
+        except httptools.HttpParserUpgrade:
+            self._fail(UpstreamLost("the engine answered with an upgrade"))
+        else:
+            return True
+        return False
 
     def _pass_on(self, body: bytes) -> None:
         """To whoever reads the stream, in pieces as large as they came."""
@@ -344,18 +385,50 @@ PLAIN_HEAD = re.compile(
 """A head as vLLM's server writes it above a whole answer; llhttp need not see those. With another field it is not plain."""
 
 
-def one_chunk(data: bytes) -> bytes | None:
-    """What is in it, if `data` is one whole chunk of a body, as most reads of a stream are; llhttp need not see those.
+SIZE_DIGITS_MAX: Final = 4
+"""Of a chunk that is cut out here: a larger one costs llhttp nothing to speak of."""
 
-    How long it is tells how its first line must look: as many digits as its size has, and two line ends around it.
+CR: Final = 0x0D
+LF: Final = 0x0A
+ZERO: Final = 0x30
+NINE: Final = 0x39
+A: Final = 0x61
+F: Final = 0x66
+
+
+def plain_chunk(data: bytes, at: int) -> tuple[int, int]:
+    """Of the chunk that begins at `at`, where what is in it begins and where it ends, be that past `data`.
+
+    Zeros: no chunk begins there, or one that is not plain: with more than its size in its first line, or its size written
+    otherwise than usual. That its end is there and closes it is for `is_closed` to say.
     """
-    size_and_digits = len(data) - 4
-    digits = 2 if size_and_digits < 0x100 + 3 else 3 if size_and_digits < 0x1000 + 4 else 4
-    size = size_and_digits - digits
-    head = b"%x\r\n" % size
-    if size <= 0 or len(head) != digits + 2 or not data.startswith(head) or not data.endswith(b"\r\n"):
-        return None
-    return data[digits + 2 : -2]
+    size = 0
+    for place in range(at, min(at + SIZE_DIGITS_MAX + 1, len(data) - 1)):
+        byte = data[place]
+        if ZERO <= byte <= NINE:
+            size = size * 16 + byte - ZERO
+        elif A <= byte <= F:
+            size = size * 16 + byte - A + 10
+        elif byte == CR and size and data[place + 1] == LF and data[at] != ZERO:
+            return place + 2, place + 4 + size
+        else:
+            break
+    return 0, 0
+
+
+def is_closed(data: bytes, end: int) -> bool:
+    """Whether a line ends there, as at the end of a chunk."""
+    return data[end - 2] == CR and data[end - 1] == LF
+
+
+def cut_chunks(data: bytes, at: int, bodies: list[bytes]) -> int:
+    """Append what is in the whole plain chunks from `at` on. Returns where the last of these ends."""
+    while True:
+        start, end = plain_chunk(data, at)
+        if not start or end > len(data) or not is_closed(data, end):
+            return at
+        bodies.append(data[start : end - 2])
+        at = end
 
 
 class Ways(Protocol):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import orjson
@@ -9,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.relay.events import Tokens, add_cost, answer_tokens, first_event, plain_tokens, without_usage
+from gateway.relay.events import (
+    USAGE,
+    Tokens,
+    add_cost,
+    answer_tokens,
+    first_event,
+    plain_tokens,
+    without_usage,
+)
 from gateway.relay.tap_complete import CompleteTap
 from gateway.relay.tap_openai import OpenAITap
 from gateway.relay.tap_responses import ResponsesTap
@@ -147,6 +156,118 @@ def test_what_goes_out_is_what_came_in_less_usage_and_plus_cost(name):
         came = came[: came.index(b'data: {"error"')]
         out = out.removesuffix(DONE)
     assert out.replace(b',"cost_halala":7}', b"}") == came
+
+
+# --- plain events, which are looked at by their bytes alone ----------------------------------------------------------
+
+
+def chunk(
+    text: str = "x", counts: tuple[int, int, int] = (9, 11, 2), more: str = "", behind: str = ""
+) -> bytes:
+    """An event amid a stream as vLLM writes it: `more` follows its completion tokens, `behind` its usage."""
+    return (
+        b'data: {"id":"c","choices":[{"index":0,"delta":{"content":%b},"logprobs":null,"finish_reason":null,'
+        b'"token_ids":null}],"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}%b}\n\n'
+        % (orjson.dumps(text), *counts, more.encode(), behind.encode())
+    )
+
+
+def the_full_way(tap: OpenAITap, events: Iterable[bytes]) -> tuple[Any, ...]:
+    """What `told` says, but each event goes the way of any event."""
+    out = b"".join([tap._events(each) for each in events])
+    return out, tap.tokens, tap.error, tap.is_done, tap.is_whole, tap.ending(7), tap.finishes
+
+
+COUNTED = b',"usage":{"prompt_tokens":9,"total_tokens":11,"completion_tokens":2}'
+NULLS = ',"prompt_tokens_details":null,"completion_tokens_details":null'
+CACHED = ',"prompt_tokens_details":{"cached_tokens":1}'
+FEW = st.tuples(*[st.integers(8, 11)] * 3)
+MANY = st.tuples(st.integers(0, 10**13), st.integers(0, 10**14), st.integers(0, 10**13))
+NASTY = st.sampled_from(
+    ["x", ',"usage":{"prompt_tokens":1', '"finish_reason":null', "}}", "data: [DONE]", '"choices":[]']
+)
+USUAL = st.one_of(
+    st.builds(chunk, st.text(max_size=5), FEW),
+    st.builds(
+        chunk, NASTY, FEW, st.sampled_from(["", NULLS, CACHED]), st.sampled_from(["", ',"z":null', ',"z":[]'])
+    ),
+    st.sampled_from(
+        [event(""), event("x"), event("x", usage=(9, 3)), event("x", finish="stop", usage=(9, 4))]
+    ),
+    st.sampled_from([event(usage=(9, 3), cached=1), b": ping\n\n", DONE, ERROR]),
+)
+ODD = st.builds(chunk, NASTY, MANY, st.sampled_from(["", NULLS, CACHED, ',"speed":1.5']))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(USUAL, ODD), max_size=8))
+def test_an_event_is_what_the_full_way_makes_of_it(events):
+    assert told(openai(), events) == the_full_way(openai(), events)
+
+
+@settings(max_examples=200, deadline=None)
+@given(events=st.lists(USUAL, max_size=8), data=st.data())
+def test_events_in_any_pieces_are_what_the_full_way_makes_of_each(events, data):
+    body = b"".join(events)
+    borders = list(accumulate(map(len, events)))
+    cuts = st.one_of(st.sampled_from([0, *borders]), st.integers(0, len(body)))
+    at = sorted(data.draw(st.lists(cuts, max_size=4)))
+    pieces = [body[start:end] for start, end in zip([0, *at], [*at, len(body)], strict=True)]
+    assert told(openai(), pieces) == the_full_way(openai(), events)
+
+
+@pytest.mark.parametrize("byte", [b'"', b"0", b",", b"\n", b"{", b"}", b"x", b"\\"])
+@pytest.mark.parametrize("together", [False, True])
+def test_an_event_that_is_almost_plain_is_what_the_full_way_makes_of_it(byte, together):
+    """Whichever byte of it is another one: what is taken for plain must be what it would have become."""
+    before, plain, behind = chunk("a", (10, 11, 1)), chunk("b", (10, 12, 2)), chunk("c", (10, 13, 3))
+    for at in range(len(plain)):
+        almost = plain[:at] + byte + plain[at + 1 :]
+        whole = before + almost + behind
+        pieces = [whole] if together else [each + b"\n\n" for each in whole.split(b"\n\n")[:-1]]
+        try:
+            expected = the_full_way(openai(), pieces)
+        except orjson.JSONDecodeError:
+            continue  # what breaks a turn is no plain event
+        assert told(openai(), pieces) == expected, almost
+
+
+@pytest.mark.parametrize(
+    "almost",
+    [
+        chunk("b").replace(b'reason":null', b'reason":"stop"') + chunk("c"),
+        chunk("b").replace(COUNTED, b"") + chunk("c"),
+        ERROR + chunk("c"), DONE + chunk("c"), chunk("b") + chunk("c"), chunk("b") + DONE, b": ping\n\n" + chunk("c"),
+        chunk("b", (9, 11, 10**12 - 1)), chunk("b", (9, 11, 10**12)), chunk("b", (9, 11, 10**13)),
+        chunk("b", (9, 10**13, 3)), chunk("b", (8, 11, 3)), chunk("b", (19, 11, 3)),
+        chunk("b", more=NULLS), chunk("b", more=CACHED),
+    ],
+    ids=range(15),
+)  # fmt: skip
+@pytest.mark.parametrize("behind", [b"", chunk("d")])
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_not_plain_among_plain_events_is_what_the_full_way_makes_of_it(almost, together, behind):
+    before = [event(""), chunk("a", (9, 10, 1)), chunk("b")]
+    body = b"".join(before) + almost + behind
+    pieces = [body] if together else [*before, almost, behind]
+    events = [each + b"\n\n" for each in body.split(b"\n\n")[:-1]]
+    assert told(openai(), pieces) == the_full_way(openai(), events)
+
+
+@pytest.mark.parametrize("name", [b"prompt_tokens", b"total_tokens", b"completion_tokens"])
+def test_a_plain_event_has_all_of_its_counts(name):
+    tap = openai()
+    tap.feed(chunk("a"))
+    tap.feed(chunk("b"))
+    with pytest.raises(orjson.JSONDecodeError):
+        tap.feed(re.sub(rb'"%b":\d+' % name, b'"%b":' % name, chunk("b")))
+
+
+def test_all_digits_of_a_count_are_counted():
+    tap = openai()
+    for number in (1, 9, 10, 99, 100, 999, 12345, 10**11):
+        assert tap.feed(chunk("x", (number, 2 * number, number))) == chunk("x").replace(COUNTED, b"")
+        assert tap.tokens == Tokens(prompt=number, completion=number)
 
 
 # --- usage ---------------------------------------------------------------------------------------------------------
@@ -468,6 +589,19 @@ def test_counts_go_out_of_events_whether_they_have_details_or_not():
         b'"completion_tokens":2', b'"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}'
     )
     assert without_usage(flat + deep) == b'data: {"choices":[{}]}\n\n' * 2
+
+
+USAGE_PARTS = st.sampled_from(
+    [b',"usage":{', b',"usage":{"prompt_tokens":1,"total_tokens":2}', b"{", b"}", b'"a":1', b"\n\n",
+     b'"completion_tokens":2',
+     b',"usage":{"prompt_tokens":1,"total_tokens":3,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}']
+)  # fmt: skip
+
+
+@given(st.lists(USAGE_PARTS, max_size=8).map(b"".join))
+def test_counts_that_go_out_are_those_that_a_pattern_finds(events):
+    expected = re.sub(rb',"usage":\{[^{}]*\}', b"", events)
+    assert without_usage(events) == (USAGE.sub(b"", expected) if b',"usage":{' in expected else expected)
 
 
 def test_cost_is_the_last_field():

@@ -3,12 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from itertools import accumulate
 
+import httptools
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 
 from config.defaults import Settings
 from gateway.relay import upstream
-from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamPool, one_chunk
+from gateway.relay.upstream import ConnectFailed, UpstreamConnection, UpstreamLost, UpstreamPool, cut_chunks
 from tests.waiting import eventually
 
 REQUEST = UpstreamPool("engine", 1, Settings()).request("/v1/chat/completions", "req_1", b"{}")
@@ -361,6 +366,19 @@ async def test_a_second_answer_right_behind_the_first_is_not_part_of_it_nor_of_t
     assert pool.idle() is None
 
 
+@pytest.mark.parametrize("second", [WHOLE, b"x"])
+async def test_who_asked_hears_of_an_answer_with_a_second_one_right_behind_it(pool, peer, second):
+    connection, got, news = await pool.connect(), [], []
+    connection.begin(REQUEST, lambda: news.append(connection.complete))
+    connection.attach(got.append)
+    await peer.heard()
+    await peer.says(HEAD + CHUNK + CHUNK + END + second)
+    await over(connection)
+    assert news[-1:] == [True]
+    connection.release()
+    assert connection.closed
+
+
 async def test_an_engine_that_hangs_up_on_an_idle_connection_costs_nothing(pool, peer):
     connection = await answered(pool, peer)
     connection.release()
@@ -440,19 +458,154 @@ async def test_a_host_that_does_not_answer_is_a_connect_failure_in_time(pool, mo
 @pytest.mark.parametrize(
     ("data", "inside"),
     [
-        *((b"%x\r\n%b\r\n" % (size, b"x" * size), b"x" * size) for size in (16, 255, 256, 4095, 4096, 65535)),
-        (b"10\r\n\r\n%b\r\n" % (b"x" * 14), b"\r\n" + b"x" * 14),
+        *((b"%x\r\n%b\r\n" % (size, b"x" * size), b"x" * size) for size in (1, 16, 255, 256, 4095, 4096, 65535)),
+        (b"10\r\n\r\n%b\r\n" % (b"x" * 14), b"\r\n" + b"x" * 14), (b"3\r\nabc\r\n", b"abc"),
         *((b"%x\r\n%b\r\n" % (size + much, b"x" * size), None) for size in (16, 255, 256, 4096) for much in (-1, 1)),
-        (b"", None), (b"10\r\nab", None), (b"10\r\n%b\r\n2\r\nde\r\n" % (b"x" * 16), None), (b"0\r\n\r\n", None),
-        (b"10\r\n%b" % (b"x" * 18), None), (b"10;x=y\r\n%b\r\n" % (b"x" * 16), None), (b"-2\r\n", None),
+        (b"", None), (b"1", None), (b"1\r", None), (b"1\r\n", None), (b"10\r\nab", None), (b"0\r\n\r\n", None),
+        (b"\r\n", None), (b"10\r\n%b" % (b"x" * 18), None), (b"10;x=y\r\n%b\r\n" % (b"x" * 16), None), (b"-2\r\n", None),
         (b"+10\r\n%b\r\n" % (b"x" * 16), None), (b"0x10\r\n%b\r\n" % (b"x" * 16), None), (b"4\r\nabcde\r\n", None),
         (b" 10\r\n%b\r\n" % (b"x" * 16), None), (b"10\n%b\r\n" % (b"x" * 16), None), (b"bc\r\n", None),
-        (b"0010\r\n%b\r\n" % (b"x" * 16), None), (b"3\r\nabc\r\n", None),
+        (b"0010\r\n%b\r\n" % (b"x" * 16), None), (b"A\r\n%b\r\n" % (b"x" * 10), None), (b"g\r\n%b\r\n" % (b"x" * 16), None),
+        (b"3\r\nabc\n\n", None), (b"3\r\nabc\r", None), (b"3\r\nabc\rx", None),
+        (b"10000\r\n%b\r\n" % (b"x" * 65536), None),
     ],
-    ids=range(30),
+    ids=range(40),
 )  # fmt: skip
-def test_only_one_whole_chunk_is_taken_without_a_parser(data, inside):
-    assert one_chunk(data) == inside
+def test_only_whole_plain_chunks_are_cut(data, inside):
+    bodies: list[bytes] = []
+    assert cut_chunks(b"--1\r\na\r\n" + data, 2, bodies) == 8 + (len(data) if inside is not None else 0)
+    assert bodies == ([b"a"] if inside is None else [b"a", inside])
+
+
+@pytest.mark.parametrize("behind", [b"", b"5", b"5\r\nab", b"\r\n", b"0\r\n\r\n", b"2;\r\nab\r\n"])
+def test_chunks_are_cut_up_to_what_is_none(behind):
+    bodies: list[bytes] = []
+    assert cut_chunks(b"1\r\na\r\n2\r\nbc\r\n" + behind, 0, bodies) == 13
+    assert bodies == [b"a", b"bc"]
+
+
+class Alone(UpstreamLost):
+    """What llhttp says of an answer of which it sees every byte, as a connection would tell it."""
+
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.body = b""
+        self.came: list[bytes] = []
+        self.complete = self.failed = self.has_more = False
+
+    def read(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.has_more = self.complete  # it is of what came behind the answer
+            self.failed = not self.complete
+        if not self.failed:
+            self.body += b"".join(self.came)
+        self.came.clear()
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise self
+
+    def on_body(self, body: bytes) -> None:
+        self.came.append(body)
+
+    def on_message_complete(self) -> None:
+        self.complete = self.parser.get_status_code() >= 200
+
+
+class Wire:
+    """A transport that goes nowhere."""
+
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+SIZES = st.one_of(st.integers(1, 20), st.sampled_from([255, 256, 300, 4095, 4096, 65535, 65536, 70000]))
+PLAIN_CHUNKS = st.tuples(st.text("0123456789abcdef\r\n;", min_size=1, max_size=9), SIZES).map(
+    lambda told: b"%x\r\n%b\r\n" % (told[1], (told[0].encode() * told[1])[: told[1]])
+)
+ODD_CHUNKS = st.sampled_from(
+    [b"3;x=y\r\nabc\r\n", b"003\r\nabc\r\n", b"A\r\n0123456789\r\n", b"1\r\n\r\r\n", b"4\r\n2\r\n\r\r\n"]
+)
+BROKEN_CHUNKS = st.sampled_from(
+    [b"3\r\nabcd\r\n", b"4\r\nabc\r\n", b"3\nabc\r\n", b"\r\n", b" 3\r\nabc\r\n", b"zz\r\n", b"3\r\nabc\n",
+     b"3\r\nabcxy", b"3\r\nabc\r\r", b"-1\r\n", b"fffffffffffffffff\r\n", b"3\r\nabc"]
+)  # fmt: skip
+ENDS = st.sampled_from(
+    [b"", END, END, END, b"0\r\nx: y\r\n\r\n", b"00\r\n\r\n", b"0\r\n", END + WHOLE, END + b"x"]
+)
+HEADS = st.sampled_from([HEAD, HEAD, b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD, b"HTTP/1.1 200 OK\r\n\r\n"])
+
+
+@settings_of(max_examples=400, deadline=None)
+@given(
+    head=HEADS,
+    plain=st.lists(PLAIN_CHUNKS, max_size=6),
+    odd=st.lists(st.one_of(PLAIN_CHUNKS, ODD_CHUNKS, BROKEN_CHUNKS), max_size=3),
+    more=st.lists(st.one_of(PLAIN_CHUNKS, ODD_CHUNKS), max_size=4),
+    end=ENDS,
+    data=st.data(),
+)
+def test_an_answer_is_what_llhttp_alone_says_however_it_is_cut(head, plain, odd, more, end, data):
+    """Its chunks pass llhttp by where they are whole and plain, and it must not matter which do."""
+    told = [head, *plain, *odd, *more, end]
+    wire = b"".join(told)
+    borders = list(accumulate(map(len, told)))
+    near = st.tuples(st.sampled_from(borders), st.integers(-6, 6)).map(sum)
+    cuts = sorted(data.draw(st.sets(st.one_of(near, st.integers(0, len(wire))), max_size=8)))
+    cuts = [cut for cut in cuts if 0 < cut < len(wire)]
+    attach_at = data.draw(st.integers(0, len(cuts) + 1))
+    loop = asyncio.new_event_loop()
+    try:
+        connection, alone, got = UpstreamConnection(loop), Alone(), []
+        connection.connection_made(Wire())
+        connection.begin(REQUEST, ignored)
+        for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(wire)], strict=True)):
+            if number == attach_at:
+                connection.attach(got.append)
+            alone.read(wire[start:stop])
+            connection.data_received(wire[start:stop])
+            if alone.failed or alone.complete:
+                break
+    finally:
+        loop.close()
+    assert connection.complete == alone.complete
+    assert connection.closed == alone.failed
+    assert not (connection._keeps_alive and alone.has_more)
+    assert (connection.failure is not None) == (alone.failed and not alone.complete)
+    if not alone.failed:
+        assert connection.take() + b"".join(got) == alone.body
+    elif attach_at == 0:
+        assert b"".join(got) == alone.body
+
+
+@pytest.mark.parametrize("behind", [b"", CHUNK])
+async def test_a_chunk_that_nothing_closes_is_a_failure(pool, peer, behind):
+    connection, got = await begun(pool), []
+    connection.attach(got.append)
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: got == [b"abc"])
+    await peer.says(b"3\r\nabcxy" + behind)
+    await over(connection)
+    assert (connection.failure is not None, got) == (True, [b"abc"])
+
+
+async def test_what_follows_half_a_size_is_no_chunk_though_it_looks_like_one(pool, peer):
+    connection, got = await begun(pool), []
+    connection.attach(got.append)
+    await peer.says(HEAD + CHUNK)
+    await eventually(lambda: got == [b"abc"])
+    await peer.says(b"1")
+    await asyncio.sleep(0.05)
+    body = b"x" * 0xAB + b"\r\n" + b"y" * (0x100 - 2)
+    await peer.says(b"ab\r\n" + body[: 0xAB + 2])
+    await eventually(lambda: len(got) == 2)
+    await peer.says(body[0xAB + 2 :] + b"\r\n" + END)
+    await over(connection)
+    assert (connection.complete, b"".join(got)) == (True, b"abc" + body)
 
 
 async def test_a_stream_is_the_same_however_its_chunks_fall_into_reads(pool, peer):
