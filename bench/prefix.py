@@ -56,8 +56,10 @@ METHOD = f"""\
 {PROMPTS} system prompts of about 1,000 tokens, each request one of them at random with a question of its own, streamed
 answers of 16 tokens. The KV cache of a node holds a third of them (`--num-gpu-blocks-override {BLOCKS} --block-size
 {BLOCK}`). *Found in a cache* is what the engines say (`vllm:prefix_cache_hits_total` of `..._queries_total`), after as
-many requests that warm up. The stand-ins take 120 ms for 1,000 uncached tokens and 4 ms a token; 12 requests are in
-flight. poolgate runs {WORKERS} workers; *at random* and *power of two* are poolgate with `routing_policy` load and a
+many requests that warm up. The stand-ins take 120 ms for 1,000 uncached tokens and 4 ms a token of an answer; as
+vLLM, they compute one prompt after the other, in steps of 2,048 tokens that all others wait for
+(`bench/fake_engine/prefills.py` has what was measured). 12 requests are in flight. poolgate runs {WORKERS} workers;
+*at random* and *power of two* are poolgate with `routing_policy` load and a
 sample of 1 and of 2; vllm-router runs with `--policy cache_aware` as it comes;
 it has engines tokenise each prompt first, which they only do with `--enable-scale-out`. *Cold prompts* are all different, so
 that there is nothing to find. Two real vLLM nodes share the two cores with everything else, so their times mean

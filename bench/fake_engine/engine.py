@@ -9,6 +9,7 @@ import time
 from bench.fake_engine.config import EngineConfig
 from bench.fake_engine.knobs import Knobs
 from bench.fake_engine.metrics import LATENCY_BUCKETS, TOKEN_GAP_BUCKETS, TTFT_BUCKETS, Histogram
+from bench.fake_engine.prefills import Prefills
 from bench.fake_engine.prompts import PrefixCache
 from bench.fake_engine.record import Record
 from bench.fake_engine.turns import Turn
@@ -22,6 +23,7 @@ class Engine:
         self.knobs = knobs
         self.loop = loop
         self.wheel = TimerWheel(loop)
+        self.prefills = Prefills(self)
         self.stamp = Stamp()
         self.record = Record(config.record, config.record_bodies, config.record_file)
         self.fingerprint = config.fingerprint.encode()

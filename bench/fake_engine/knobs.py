@@ -73,7 +73,10 @@ class Knobs:
     # How fast.
     lockstep: int | None = None  # a stream writes so many events, then one for each POST /_fake/go; no pace
     ttft_ms: float = 0.0
-    ttft_per_1k_ms: float = 0.0  # for each 1,000 prompt tokens that the prefix cache does not hold
+    ttft_per_1k_ms: float = (
+        0.0  # for each 1,000 prompt tokens that the prefix cache does not hold (see `prefills`)
+    )
+    max_num_batched_tokens: int = 2048  # prompt tokens that are computed in one step
     pace_ms: float = 0.0
     pace_per_running_ms: float = 0.0  # added for each running request: a batch slows down as it grows
     jitter: float = 0.0  # share of the pace, either way

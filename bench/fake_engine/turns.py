@@ -4,6 +4,7 @@ Producing follows the clock; writing follows producing but stops while the clien
 engine's does. How a turn fails on purpose is in `breakage`; the JSON is the surface's.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -84,10 +85,19 @@ class Turn:
             self.engine.wheel.at(self.timing.arrived + interval_ms / 1000, self._comment)
 
     def start(self, now: float) -> None:
-        knobs = self.engine.knobs
         self.timing.started = now
-        fresh = self.ask.prompt_tokens - self.ask.cached_tokens
-        wait_ms = knobs.ttft_ms + knobs.ttft_per_1k_ms * fresh / 1000
+        if self.engine.knobs.ttft_per_1k_ms:
+            self._due = math.inf
+            self.engine.prefills.add(self, self.ask.prompt_tokens - self.ask.cached_tokens)
+        else:
+            self.computed(now)
+
+    def computed(self, now: float) -> None:
+        """Its prompt is: the answer begins."""
+        if self.is_over:
+            return
+        knobs = self.engine.knobs
+        wait_ms = knobs.ttft_ms
         if knobs.phase_ms:
             wait_ms += knobs.phase_ms * random.random()
         self._due = now + wait_ms / 1000
@@ -102,6 +112,10 @@ class Turn:
             return
         if self.engine.is_frozen:
             self.engine.freeze(self)
+            return
+        if now + 1e-9 < self.engine.prefills.ends_at:
+            self._due = self.engine.prefills.ends_at
+            self.engine.wheel.at(self._due, self.step)
             return
         self._produce(now)
         if self.ask.stream:

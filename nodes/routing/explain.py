@@ -25,7 +25,7 @@ def explain(snapshot: Snapshot, need: Need, router: Router, *, shown_max: int = 
     for engine in engines:
         is_over = group is not None and has_its_share(engine, group, policy)
         drawn = 0 if ties is None or is_over else ties.of(engine)
-        parts = score(engine, group, need, drawn, policy)
+        parts = score(engine, group, need, drawn, policy, is_cold=ties is not None and ties.is_cold)
         rows.append(
             {
                 "engine": engine.key, "failed": failed(engine, need, policy.turns_max),

@@ -194,6 +194,11 @@ class Trail:
         return self.beginnings[self.depth - 1] if self.depth else None
 
     @property
+    def is_cold(self) -> bool:
+        """Nobody holds any of it, or had it before."""
+        return not self.depth and self.last is None
+
+    @property
     def tokens(self) -> int:
         """What they cover."""
         return TOKENS[len(self.beginnings)]

@@ -40,6 +40,10 @@ NEXT_SHARE: Final = 0.1
 takes its place. Enough for workers to agree where engines are about equally busy, and for a copy elsewhere not to be used
 for long; too little to make anybody wait."""
 
+COLD_SHARE: Final = 0.1
+"""The same where nothing of the prompt is cached yet: all engines have as much to compute, so it goes to the least busy one,
+and workers that see several that are equally busy agree on one of these."""
+
 LAST_SHARE: Final = 0.9
 """What the engine that a prompt was sent to last is worth to it, where it is not known to hold it: of prompts that are more
 than caches hold, those that move displace others, and find nothing."""
@@ -143,6 +147,8 @@ class Router:
             engine = self._best(group, need, self._ties(group, need, trail))
         group.place(engine)
         if trail is not None:
+            if trail.is_cold:
+                group.place_cold(engine, trail.tokens)
             self._prefixes.follow(trail, engine, hashes, len(need.body) // BYTES_PER_TOKEN)
         if need.wishes.session:
             self._remember(need, engine)
@@ -155,6 +161,7 @@ class Router:
         if not count:
             return None
         best, least = self._least_drawn(group, need, trail)
+        is_cold = trail.is_cold
         is_few = count <= 2 * SAMPLE
         # One number at random has two: its whole part and, as it is as even, what remains of it.
         chance = 0.0 if is_few else self._rng.random()
@@ -166,7 +173,7 @@ class Router:
                 chance -= place
             engine = fit[place]
             if engine is not best:
-                cost = self._cost(engine, group.placed.get(engine, 0.0), group)
+                cost = self._cost(engine, group.placed.get(engine, 0.0), group, is_cold)
                 if cost < least:
                     if not engine.is_fit(self.policy.turns_max):
                         return None
@@ -179,34 +186,36 @@ class Router:
         share = share_of(group, policy)
         has_room = group.is_roomy_all(context)
         prompt_tokens, spared = float(trail.tokens), float(trail.tokens_held)
-        held, last = trail.held, trail.last
+        held, last, is_cold = trail.held, trail.last, trail.is_cold
         best: Engine | None = None
-        least, worth = INFINITE, HOME_SHARE
+        least, worth = INFINITE, COLD_SHARE if is_cold else HOME_SHARE
         homes = homes_of(group, trail)
         for home in homes:
             had = group.placed.get(home, 0.0)
             if _may_have_more(home, had, share, policy.turns_max) and (
                 has_room or group.is_roomy(home, context)
             ):
-                cost = self._cost(home, had, group) - prompt_tokens * (LAST_SHARE if home is last else worth)
+                worth_here = LAST_SHARE if home is last else worth
+                cost = self._cost(home, had, group, is_cold) - prompt_tokens * worth_here
                 if held is not None and held.hold_of(home) is not None:
                     cost -= spared
                 if cost < least:
                     best, least = home, cost
-                worth = NEXT_SHARE
+                worth = 0.0 if is_cold else NEXT_SHARE
         hold = held.first if held is not None else None
         while hold is not None:
             engine = hold.engine
             if engine is not homes[0] and engine is not homes[-1] and group.has(engine):
-                cost = self._cost(engine, group.placed.get(engine, 0.0), group) - spared
+                cost = self._cost(engine, group.placed.get(engine, 0.0), group, False) - spared
                 if cost < least and self._may_draw(engine, group, need):
                     best, least = engine, cost
             hold = hold.next
         return best, least
 
-    def _cost(self, engine: Engine, had: float, group: Group) -> float:
+    def _cost(self, engine: Engine, had: float, group: Group, is_cold: bool) -> float:
         """An engine's work before it is at the turn, where it `had` placements of such a weight."""
-        return engine.load.in_tokens * self.policy.load_weight + had / group.unit
+        cost = engine.load.in_tokens * self.policy.load_weight + had / group.unit
+        return cost + group.computing(engine) if is_cold else cost
 
     def _may_draw(self, engine: Engine, group: Group, need: Need) -> bool:
         """Whether a turn may go to that engine for its cache's sake."""
@@ -226,6 +235,8 @@ class Router:
         best, least = None, INFINITE
         for engine, spared in drawn.items():
             cost = engine.load.in_tokens * weight + group.late_turns(engine) - spared
+            if ties.is_cold:
+                cost += group.computing(engine)
             if region and engine.region != region:
                 cost += policy.region_tokens
             if policy.reputation_tokens:
@@ -267,12 +278,13 @@ class Router:
             for engine in () if trail.held is None else trail.held.holders():
                 if group.has(engine):
                     ties.matched[engine] = tokens
-            worth = HOME_SHARE
+            ties.is_cold = trail.is_cold
+            worth = COLD_SHARE if ties.is_cold else HOME_SHARE
             for engine in homes_of(group, trail):
                 if self._may_draw(engine, group, need):
                     share = LAST_SHARE if engine is trail.last else worth
                     ties.hinted[engine] = int(share * prompt_tokens)
-                    worth = NEXT_SHARE
+                    worth = 0.0 if ties.is_cold else NEXT_SHARE
         if need.wishes.session:
             own = self._sessions.get((need.client, need.wishes.session))
             if own is not None and group.has(own):

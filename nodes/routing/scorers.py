@@ -48,10 +48,11 @@ class Policy:
 @dataclass(slots=True)
 class Ties:
     """What draws a turn to some engines: tokens that each would spare it. `matched` are known to be in a KV cache, `hinted`
-    are what homes and sessions are worth."""
+    are what homes and sessions are worth. `is_cold`: nothing of the prompt was anywhere before, as far as is known."""
 
     matched: "dict[Engine, int]"
     hinted: "dict[Engine, int]"
+    is_cold: bool = False
 
     def of(self, engine: "Engine") -> int:
         """All that draws it there."""
@@ -73,13 +74,23 @@ class Score:
         return self.load + self.late_turns + self.uncached + self.region + self.reputation
 
 
-def score(engine: "Engine", group: "Group | None", need: "Need", drawn: int, policy: Policy) -> Score:
+def score(
+    engine: "Engine",
+    group: "Group | None",
+    need: "Need",
+    drawn: int,
+    policy: Policy,
+    *,
+    is_cold: bool = False,
+) -> Score:
     """The whole cost, part by part; `drawn`: tokens that are spared there. Late turns count a token each: that evens out
-    what is equal else."""
+    what is equal else; to a cold prompt those are added of others that are likely computed there yet."""
     region = need.wishes.region
     return Score(
         load=engine.load.in_tokens * policy.load_weight,
-        late_turns=0.0 if group is None else group.late_turns(engine),
+        late_turns=0.0
+        if group is None
+        else group.late_turns(engine) + (group.computing(engine) if is_cold else 0.0),
         uncached=need.tokens - drawn,
         region=policy.region_tokens if region and engine.region != region else 0,
         reputation=(1.0 - engine.reputation) * policy.reputation_tokens,

@@ -160,8 +160,8 @@ class Group:
     """
 
     __slots__ = (
-        "_growth", "_ring", "_scarcity", "context_max", "context_min", "engines", "fit", "placed", "sign", "total",
-        "unit",
+        "_cold", "_colds", "_growth", "_ring", "_scarcity", "context_max", "context_min", "engines", "fit", "placed",
+        "sign", "total", "unit",
     )  # fmt: skip
 
     def __init__(self, model: str, engines: Iterable[Engine], before: "Group | None" = None) -> None:
@@ -177,6 +177,9 @@ class Group:
         self._growth = 1.0 + 1.0 / (SHARE_WINDOW * max(1, len(self.engines)))
         self._ring: Ring | None = None
         self.sign = sign_of(model)
+        # Which cold prompt was an engine's last one, counted over all of them, and what it had to compute then, in tokens.
+        self._cold: dict[Engine, tuple[int, float]] = {}
+        self._colds = 0
         self.unit: float = 1.0 if before is None else before.unit
         known: dict[Engine, float] = {} if before is None else before.placed
         self.placed: dict[Engine, float] = {
@@ -204,6 +207,21 @@ class Group:
         if unit > UNIT_MAX:
             self.placed = {engine: weight / unit for engine, weight in self.placed.items()}
             self.total, self.unit = float(sum(self.placed.values())), 1.0
+
+    def place_cold(self, engine: Engine, tokens: int) -> None:
+        """A prompt of so many tokens goes to that engine, of which nothing is cached anywhere."""
+        before = self.computing(engine)
+        self._colds += 1
+        self._cold[engine] = self._colds, before + float(tokens)
+
+    def computing(self, engine: Engine) -> float:
+        """Tokens of cold prompts that it is likely to compute yet, if it is at work: an engine computes one prompt after the
+        other. They become less with each cold prompt that goes elsewhere, and nothing with as many as there are engines."""
+        found = self._cold.get(engine)
+        load = engine.load
+        if found is None or (load.turns <= 0 and load.others_turns <= 0):
+            return 0.0
+        return found[1] * max(0.0, 1.0 - float(self._colds - found[0]) / float(len(self.engines)))
 
     def roomy(self, context: int) -> int:
         """How many of `fit`, from the first, have room for that many tokens."""

@@ -1,10 +1,14 @@
 """The stand-in engine's pure parts: prefix cache, answers, knobs, flags."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from bench.fake_engine import answers
 from bench.fake_engine.config import parse_flags
 from bench.fake_engine.knobs import Knobs
+from bench.fake_engine.prefills import Prefills
 from bench.fake_engine.prompts import PrefixCache, count_tokens, token_ids
 
 SYSTEM = b"You are a meticulous assistant. " * 40
@@ -54,6 +58,48 @@ def test_prompt_shorter_than_a_block_is_never_cached() -> None:
     cache = PrefixCache(block_size=128, capacity=100)
     assert _admit(cache, b"hi") == (0, 0)
     assert _admit(cache, b"hi") == (0, 0)
+
+
+class Prompt:
+    """Notes when it is computed."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.at: float | None = None
+
+    def computed(self, now: float) -> None:
+        self.at = now
+
+
+def _computed(waits: list[float], *, left: int | None = None) -> list[float | None]:
+    """When prompts of 1,000 tokens that arrive at those times are computed, at a second for each. One may be `left`."""
+    now = 0.0
+    timers: list[tuple[float, Any]] = []
+    loop = SimpleNamespace(time=lambda: now, call_soon=lambda call: timers.append((now, lambda _: call())))
+    wheel = SimpleNamespace(at=lambda when, call: timers.append((when, call)))
+    prefills = Prefills(SimpleNamespace(knobs=Knobs(ttft_per_1k_ms=1000.0), loop=loop, wheel=wheel))  # type: ignore[arg-type]
+    prompts: Any = [Prompt() for _ in waits]
+    timers += [
+        (when, lambda _, one=one: prefills.add(one, 1000)) for when, one in zip(waits, prompts, strict=True)
+    ]
+    while timers:
+        timers.sort(key=lambda timer: timer[0])
+        now, call = timers.pop(0)
+        call(now)
+        if left is not None and now >= waits[left]:
+            prompts[left].is_over = True
+    return [one.at for one in prompts]
+
+
+def test_prompts_are_computed_one_after_the_other_in_steps_of_so_many_tokens() -> None:
+    assert _computed([0.0]) == [1.0]
+    assert _computed([0.0, 0.0]) == [1.0, 2.0]
+    assert _computed([0.0] * 4) == pytest.approx([1.0, 3.048, 3.048, 4.0])
+    assert _computed([0.0, 0.5, 5.0]) == [1.0, 2.0, 6.0]
+
+
+def test_a_prompt_whose_client_left_is_not_computed() -> None:
+    assert _computed([0.0, 0.5, 0.6], left=1) == [1.0, None, 2.0]
 
 
 @pytest.mark.parametrize(

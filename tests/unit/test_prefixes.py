@@ -5,7 +5,7 @@ import sys
 from collections import Counter, OrderedDict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodes.routing.homes import WINDOW, Ring
@@ -221,6 +221,7 @@ def chain(seed: int, size: int) -> list[int]:
     return [place * 100 + (seed % 10 if place > 2 else seed % 5) for place in range(size)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["note", "note", "learn", "forget"]), st.integers(0, 6), CHAINS, st.integers(0, 9000)),
@@ -257,6 +258,7 @@ def test_the_index_is_as_one_that_is_plainly_written(steps, entries_max):
                 assert trail.depth == max((place + 1 for place in range(size) if held[place]), default=0)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 3), min_size=1, max_size=6)), max_size=40)
 )

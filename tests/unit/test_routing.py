@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.defaults import Settings
@@ -166,6 +166,39 @@ def test_somebody_who_talks_to_an_idle_pool_alone_stays_with_one_engine():
     assert len({of.route(snapshot, need(SYSTEM[0] + b"x" * 500 * turn)) for turn in range(40)}) == 1
 
 
+def test_prompts_that_are_nowhere_yet_go_to_engines_at_work_in_turn():
+    """Each computes one prompt after the other, so who got the last one is still at it."""
+    engines = [engine(str(number)) for number in range(4)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    for one in engines:
+        one.began(1000)
+    found = [of.route(snapshot, need(system)).key for system in SYSTEM]
+    assert all(len(set(found[start : start + 4])) == 4 for start in range(0, 64, 4))
+
+
+def test_a_prompt_that_is_nowhere_yet_goes_to_the_least_loaded_and_not_to_a_home_that_is_busier():
+    engines = [engine(str(number)) for number in range(4)]
+    snapshot, of = Snapshot.of(engines, 1), router()
+    for number, one in enumerate(engines):
+        one.load.tokens = 10_000 * (number > 0)
+    assert {of.route(snapshot, need(system)).key for system in SYSTEM} == {"0"}
+
+
+def test_an_idle_engine_computes_nothing_however_lately_it_got_a_prompt():
+    engines = [engine("1"), engine("2")]
+    group = Snapshot.of(engines, 1).groups[M, "generate", None]
+    for one in engines:
+        one.began(1000)
+    group.place_cold(engines[0], 900)
+    assert (group.computing(engines[0]), group.computing(engines[1])) == (900.0, 0.0)
+    group.place_cold(engines[1], 300)
+    assert (group.computing(engines[0]), group.computing(engines[1])) == (450.0, 300.0)
+    group.place_cold(engines[0], 100)
+    assert (group.computing(engines[0]), group.computing(engines[1])) == (550.0, 150.0)
+    engines[0].ended(1000)
+    assert (group.computing(engines[0]), group.computing(engines[1])) == (0.0, 150.0)
+
+
 def test_shares_live_on_in_the_next_snapshot_and_in_ever_larger_numbers():
     engines = [engine(str(number)) for number in range(2)]
     snapshot = Snapshot.of(engines, 1)
@@ -236,6 +269,7 @@ STATES = st.tuples(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     st.lists(STATES, min_size=2, max_size=4),
     st.lists(st.integers(0, 5), min_size=1, max_size=12),
@@ -269,7 +303,11 @@ def test_what_is_chosen_in_one_go_is_what_costs_least_as_told_part_by_part(state
                 of.route(snapshot, wanted)
             continue
         found = of.route(snapshot, wanted)
-        totals = {row["engine"]: row["scores"]["total"] for row in rows}
+        # Nothing draws a prompt to an engine that is too small for it.
+        totals = {
+            row["engine"]: row["scores"]["total"] + (0 if row["is_roomy"] else row["drawn_tokens"])
+            for row in rows
+        }
         assert totals[found.key] <= min(totals.values()) + 1.1, "hints are told in whole tokens"
 
 
