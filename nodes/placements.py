@@ -21,6 +21,9 @@ CHANNEL = "poolgate:placements:2"
 """The number stands for how hashes are made and where homes lie: workers that differ in it have nothing to tell each
 other."""
 
+LOOK_S = 1.0
+"""How often a worker that has nobody to tell looks for others."""
+
 
 class PlacementShare:
     """Tells what the registry's `prefixes` have as news, and learns what others tell: `[worker, [[engine, tokens,
@@ -31,6 +34,7 @@ class PlacementShare:
         self._registry = registry
         self._settings = settings
         self._worker = worker
+        self._alone_s = 0.0  # since others were looked for
 
     async def run(self) -> None:
         """Tell and learn until cancelled. That Valkey is away is told by `nodes.load`."""
@@ -43,11 +47,16 @@ class PlacementShare:
                 end_if_cancelled()
 
     async def _tell(self) -> None:
-        news = self._registry.prefixes.news
-        if news:
+        """Without others there are no news, which would take as long as the choices that they are of; but now and then it
+        is looked whether others have come."""
+        prefixes = self._registry.prefixes
+        news = prefixes.news
+        self._alone_s += self._settings.load_share_s
+        if news or (not prefixes.has_others and self._alone_s >= LOOK_S):
             told = [(engine.key, tokens, hashes) for engine, hashes, tokens in news]
             news.clear()
-            await self._valkey.publish(CHANNEL, orjson.dumps([self._worker, told]))
+            self._alone_s = 0.0
+            prefixes.has_others = await self._valkey.publish(CHANNEL, orjson.dumps([self._worker, told])) > 1
 
     def learn(self, message: bytes) -> None:
         """What stands in it may come from another version, or from anybody: nonsense counts as nothing."""

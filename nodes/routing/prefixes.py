@@ -224,6 +224,8 @@ class Prefixes:
         self._entries = 0
         self._known: dict[Any, Beginning] = {}
         self._homes = Line()
+        # Whether other workers want the news.
+        self.has_others = True
         # Newest last: prompts that went where not even the first half of them was held. For the other workers.
         self.news: deque[tuple[Engine, list[int], int]] = deque(maxlen=NEWS_MAX)
 
@@ -270,7 +272,7 @@ class Prefixes:
 
     def follow(self, trail: Trail, engine: "Engine", hashes: list[Any], tokens: int) -> None:
         """`note`, for who has the prompt's trail."""
-        if trail.home.hold_of(engine) is None:
+        if self.has_others and trail.home.hold_of(engine) is None:
             self.news.append((engine, hashes, tokens))
         self._take(trail, engine, tokens)
 

@@ -120,3 +120,21 @@ async def test_after_valkey_was_away_workers_tell_each_other_again(private_store
             return bool(two.holders([7]))
 
         await eventually(is_known)
+
+
+async def test_a_worker_alone_keeps_no_news_until_another_comes(valkey, settings, clock):
+    one, two = (Worker(name, valkey, settings, clock) for name in ("one", "two"))
+    tasks = [asyncio.create_task(one.share.run())]
+    try:
+        one.route("x" * 5000)
+        await eventually(lambda: not one.registry.prefixes.has_others)
+        one.route("y" * 5000)
+        assert not one.registry.prefixes.news
+        tasks.append(asyncio.create_task(two.share.run()))
+        await eventually(lambda: one.registry.prefixes.has_others)
+        one.route("z" * 5000)
+        await eventually(lambda: len(two.registry.prefixes))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
