@@ -13,7 +13,7 @@ import orjson
 
 from billing.usage import UsageRecord
 
-VERSION: Final = 1
+VERSION = 1
 """First element of each list; a record with another layout gets another one."""
 
 UNENCODABLE: Final = 0

@@ -122,7 +122,8 @@ async def test_after_valkey_was_away_workers_tell_each_other_again(private_store
         await eventually(is_known)
 
 
-async def test_a_worker_alone_keeps_no_news_until_another_comes(valkey, settings, clock):
+async def test_a_worker_alone_keeps_no_news_until_another_comes(valkey, settings, clock, monkeypatch):
+    monkeypatch.setattr("nodes.placements.CHANNEL", "where nobody else listens")
     one, two = (Worker(name, valkey, settings, clock) for name in ("one", "two"))
     tasks = [asyncio.create_task(one.share.run())]
     try:
