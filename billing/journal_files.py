@@ -18,7 +18,7 @@ from uuid import UUID
 from billing.records import RECORD_BYTES_MAX
 
 FRAME = struct.Struct("<II")  # length and CRC-32, little-endian
-FRAME_BYTES: Final = 8
+FRAME_BYTES: Final = FRAME.size
 
 READ_BYTES_MAX = 4 * 2**20
 """Read at once: bounds the memory of shipping, and a batch of 5,000 records has less than half of it."""

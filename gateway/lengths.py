@@ -8,3 +8,9 @@ def length_of_rest(size: int) -> int:
         digits, bound = digits + 1, bound * 10
     number = size - digits
     return number if number >= bound // 10 or number == 0 else -1
+
+
+def body_bytes(data: bytes, before: bytes, after: bytes) -> int:
+    """Length of the body, where `data` is one whole message whose head is these two around that length; else -1."""
+    length = length_of_rest(len(data) - len(before) - len(after))
+    return length if length >= 0 and data.startswith(b"%b%d%b" % (before, length, after)) else -1

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.lengths import length_of_rest
+from gateway.lengths import body_bytes
 
 HEAD = re.compile(
     rb"(POST|GET|HEAD|PUT|PATCH|DELETE|OPTIONS) (/[!-~]*|\*) HTTP/1\.([01])\r\n"
@@ -87,12 +87,8 @@ class Head:
 
     def body_again(self, data: bytes) -> bytes | None:
         """The body, where `data` is one whole request whose head is this one but for the digits of the length."""
-        before, after = self.before, self.after
-        length = length_of_rest(len(data) - len(before) - len(after))
-        if not before or not 0 <= length <= self.body_bytes_max:
-            return None
-        head = b"%b%d%b" % (before, length, after)
-        return data[len(head) :] if data.startswith(head) else None
+        length = body_bytes(data, self.before, self.after) if self.before else -1
+        return data[len(data) - length :] if 0 <= length <= self.body_bytes_max else None
 
 
 def read_head(raw: bytes) -> Head | None:

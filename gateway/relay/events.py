@@ -143,9 +143,11 @@ _DATA: Final = b'","data":[{'
 _USAGE: Final = b',"usage":{"prompt_tokens":'
 _TOTAL: Final = b',"total_tokens":'
 _COMPLETION_TOKENS: Final = b',"completion_tokens":'
-_NO_DETAILS: Final = b"}"
-_NULL_DETAILS: Final = b',"prompt_tokens_details":null'
-_ALL_NULL: Final = b',"prompt_tokens_details":null,"completion_tokens_details":null'
+_ENDINGS: Final = (
+    b',"prompt_tokens_details":null}',
+    b"}",
+    b',"prompt_tokens_details":null,"completion_tokens_details":null}',
+)
 
 _QUOTE: Final = ord('"')
 _BACKSLASH: Final = ord("\\")
@@ -167,9 +169,8 @@ def plain_tokens(body: bytes) -> Tokens | None:
     prompt, end = _count(body, _past(_USAGE, body, at))
     _, end = _count(body, _past(_TOTAL, body, end))
     completion, end = _count(body, _past(_COMPLETION_TOKENS, body, end))
-    for details in (_NULL_DETAILS, _NO_DETAILS, _ALL_NULL):
-        after = _past(details, body, end)
-        if after >= 0 and (details is _NO_DETAILS or _past(_NO_DETAILS, body, after) >= 0):
+    for ending in _ENDINGS:
+        if _past(ending, body, end) >= 0:
             return Tokens(prompt, 0, completion)
     match = USAGE.match(body, at)
     return None if match is None else usage_tokens(match)

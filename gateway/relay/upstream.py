@@ -16,7 +16,7 @@ import httptools
 
 from config.clock import monotonic
 from config.defaults import Settings
-from gateway.lengths import length_of_rest
+from gateway.lengths import body_bytes
 from nodes.reach import Direct, Reach
 
 log = logging.getLogger("poolgate.relay")
@@ -217,19 +217,11 @@ class UpstreamConnection(asyncio.Protocol):
         Most are the one before but for the digits of their length, which takes a tenth of the time to see.
         """
         pool = self._pool
-        if pool is not None and pool.before_length and data.startswith(pool.before_length):
-            start = len(pool.before_length)
-            length = length_of_rest(len(data) - start - len(pool.after_length))
+        if pool is not None and pool.before_length:
+            length = body_bytes(data, pool.before_length, pool.after_length)
             if length > 0:  # all of it came at once, as most do
-                head = b"%b%d%b" % (pool.before_length, length, pool.after_length)
-                if data.startswith(head):
-                    self._lacking = length
-                    return len(head)
-            end = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
-            digits = data[start:end] if end > 0 else b""
-            if digits.isdigit() and data.startswith(pool.after_length, end):
-                self._lacking = int(digits)
-                return end + len(pool.after_length) if self._lacking else 0
+                self._lacking = length
+                return len(data) - length
         match = PLAIN_HEAD.match(data)
         if match is None:
             return 0

@@ -230,13 +230,11 @@ class Router:
     def _best(self, group: Group, need: Need, ties: Ties) -> Engine:
         """The one with the least work before the answer: what `scorers.score` tells part by part, in one go."""
         policy, wishes = self.policy, need.wishes
-        turns_max, weight, region = policy.turns_max, policy.load_weight, wishes.region
+        turns_max, region = policy.turns_max, wishes.region
         drawn = self._drawn(group, need, ties)
         best, least = None, INFINITE
         for engine, spared in drawn.items():
-            cost = engine.load.in_tokens * weight + group.late_turns(engine) - spared
-            if ties.is_cold:
-                cost += group.computing(engine)
+            cost = self._cost(engine, group.placed.get(engine, 0.0), group, ties.is_cold) - spared
             if region and engine.region != region:
                 cost += policy.region_tokens
             if policy.reputation_tokens:
