@@ -27,7 +27,6 @@ from nodes.routing.scorers import (
     Policy,
     Ties,
     has_its_share,
-    is_at_work,
     share_of,
 )
 from nodes.routing.snapshot import Engine, Group, Snapshot
@@ -299,7 +298,7 @@ class Router:
 
 def _may_have_more(engine: Engine, had: float, share: float, turns_max: int) -> bool:
     """It is fit, and had no more than its share of placements or is idle."""
-    return engine.is_fit(turns_max) and (had <= share or not is_at_work(engine))
+    return engine.is_fit(turns_max) and (had <= share or not engine.is_at_work)
 
 
 def homes_of(group: Group, trail: Trail) -> tuple[Engine, ...]:

@@ -100,15 +100,9 @@ def score(
 def has_its_share(engine: "Engine", group: "Group", policy: Policy) -> bool:
     """It is at work, and got so many of the group's turns of late that nothing but its load may draw more to it. An idle
     engine may have all of them: somebody talks to it alone."""
-    return is_at_work(engine) and group.placed.get(engine, 0.0) > share_of(group, policy)
+    return engine.is_at_work and group.placed.get(engine, 0.0) > share_of(group, policy)
 
 
 def share_of(group: "Group", policy: Policy) -> float:
     """The weight of placements that is an engine's share, and a few turns."""
     return policy.share_max * group.total / float(len(group.engines)) + SHARE_SLACK * group.unit
-
-
-def is_at_work(engine: "Engine") -> bool:
-    """It has turns in flight, from here or from another worker."""
-    load = engine.load
-    return load.turns > 0 or load.others_turns > 0

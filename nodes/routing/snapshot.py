@@ -111,6 +111,12 @@ class Engine:
         if self.reach is STRAIGHT:
             self.reach = Direct(self.host, self.port)
 
+    @property
+    def is_at_work(self) -> bool:
+        """It has turns in flight, from here or from another worker."""
+        load = self.load
+        return load.turns > 0 or load.others_turns > 0
+
     def began(self, tokens: int) -> None:
         """A turn of that size goes there now; `ended` follows, whatever becomes of it."""
         load = self.load
@@ -218,8 +224,7 @@ class Group:
         """Tokens of cold prompts that it is likely to compute yet, if it is at work: an engine computes one prompt after the
         other. They become less with each cold prompt that goes elsewhere, and nothing with as many as there are engines."""
         found = self._cold.get(engine)
-        load = engine.load
-        if found is None or (load.turns <= 0 and load.others_turns <= 0):
+        if found is None or not engine.is_at_work:
             return 0.0
         return found[1] * max(0.0, 1.0 - float(self._colds - found[0]) / float(len(self.engines)))
 
