@@ -6,7 +6,19 @@ import json
 import sys
 from pathlib import Path
 
-from bench import chunk, heartbeats, latency, memory, money, prefix, profile, reach, request, routing
+from bench import (
+    chunk,
+    heartbeats,
+    latency,
+    memory,
+    money,
+    prefix,
+    prefix_vllm,
+    profile,
+    reach,
+    request,
+    routing,
+)  # fmt: skip
 from bench.peers import PEERS, PINS, versions
 from bench.processes import ROOT
 from bench.question import Finding, find
@@ -15,7 +27,7 @@ from bench.rounds import tell
 
 QUESTIONS = (
     request.QUESTION, chunk.QUESTION, latency.QUESTION, memory.QUESTION, routing.QUESTION, prefix.QUESTION,
-    reach.QUESTION, heartbeats.QUESTION, profile.QUESTION, money.QUESTION,
+    prefix_vllm.QUESTION, reach.QUESTION, heartbeats.QUESTION, profile.QUESTION, money.QUESTION,
 )  # fmt: skip
 FOLDER = ROOT / "bench"
 

@@ -1,16 +1,16 @@
-"""Prompts that share system prompts: how often engines find them in their caches, by policy, and how even the load stays."""
+"""Prompts that share system prompts: how often engines find them in their caches, by policy, and how even the load stays.
+
+Before stand-ins; `bench.prefix_vllm` asks the same of real engines.
+"""
 
 import asyncio
-import os
 import random
 import re
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,10 @@ from bench.clocks import CpuClock
 from bench.ground import Ground, on_ground
 from bench.load import Job, Outcome
 from bench.peers import NotInstalled, VllmRouter
-from bench.processes import ended, free_port, served
+from bench.processes import free_port, served
 from bench.question import Asked, Question, run
 from bench.rounds import rounds_of, tell
 from bench.samples import Sample
-from config.procs import spawn
-from nodes.agent.build import engine_status
-from nodes.agent.command import engine_command, read_model, share_hardware
-from nodes.agent.supervisor import find_openmp
 from tests.fakes.engine import FakeEngine
 
 HITS = "prompt tokens found in a cache"
@@ -40,7 +36,7 @@ TTFT = "first byte of a stream, p50"
 AGAINST_TWO = "times the first byte's p50 of power of two"
 
 RANDOM, TWO, PEER = "at random", "power of two", "vllm-router, cache-aware"
-STAND_INS, COLD, REAL = "4 stand-ins", "4 stand-ins, cold prompts", "2 vLLM nodes"
+STAND_INS, COLD = "4 stand-ins", "4 stand-ins, cold prompts"
 
 PROMPTS, PROMPT_BYTES = 64, 4200
 WORKERS = 2
@@ -62,23 +58,18 @@ vLLM, they compute one prompt after the other, in steps of 2,048 tokens that all
 *at random* and *power of two* are poolgate with `routing_policy` load and a
 sample of 1 and of 2; vllm-router runs with `--policy cache_aware` as it comes;
 it has engines tokenise each prompt first, which they only do with `--enable-scale-out`. *Cold prompts* are all different, so
-that there is nothing to find. Two real vLLM nodes share the two cores with everything else, so their times mean
-nothing and are not shown."""
+that there is nothing to find."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one case sends."""
+    """What one case sends, and to which engines."""
 
     requests: int
     connections: int
+    engines: Callable[[Path], AbstractAsyncContextManager[list[str]]]
     is_cold: bool = False
-    is_real: bool = False
-
-
-LOADS = {
-    STAND_INS: Load(960, 12), COLD: Load(480, 12, is_cold=True), REAL: Load(96, 6, is_real=True),
-}  # fmt: skip
+    is_timed: bool = True
 
 
 class RouterByCache(VllmRouter):
@@ -90,42 +81,46 @@ class RouterByCache(VllmRouter):
 
 
 def measure(asked: Asked) -> list[Sample]:
-    samples = on_ground(lambda ground: _measure(ground, asked))
+    return measured(LOADS, asked)
+
+
+def measured(loads: Mapping[str, Load], asked: Asked) -> list[Sample]:
+    """The cases by their loads."""
+    samples = on_ground(lambda ground: _measure(ground, loads, asked))
     return samples + _ratios(samples)
 
 
-async def _measure(ground: Ground, asked: Asked) -> list[Sample]:
+async def _measure(ground: Ground, loads: Mapping[str, Load], asked: Asked) -> list[Sample]:
     samples: list[Sample] = []
     for case in asked.cases:
         try:
-            samples += await _case(ground, asked, case)
+            samples += await _case(ground, asked, case, loads[case])
         except NotInstalled as missing:
             tell(f"left out: {case}: {missing}")
     return samples
 
 
-async def _case(ground: Ground, asked: Asked, case: str) -> list[Sample]:
+async def _case(ground: Ground, asked: Asked, case: str, load: Load) -> list[Sample]:
     """All arms before the same engines. Raises NotInstalled where there are none."""
     samples: list[Sample] = []
-    load = LOADS[case]
     async with AsyncExitStack() as stack:
-        start = real_engines if load.is_real else stand_ins
-        engines = await stack.enter_async_context(start(ground.folder))
+        engines = await stack.enter_async_context(load.engines(ground.folder))
         arms = []
-        for name in [name for name in asked.arms if not load.is_real or name != TWO]:
+        for name in asked.arms:
             tell(f"{case}: starting {name}")
             try:
                 arms.append(await stack.enter_async_context(_arm(ground, name, engines)))
             except NotInstalled as missing:
                 tell(f"left out: {missing}")
-        for number, order in rounds_of(arms, 1 if load.is_real else asked.rounds):
+        for number, order in rounds_of(arms, asked.rounds):
             for arm in order if number else ():
-                samples += await _one(ground, case, arm, engines, number)
+                samples += await _one(ground, case, load, arm, engines, number)
     return samples
 
 
-async def _one(ground: Ground, case: str, arm: Arm, engines: Sequence[str], number: int) -> list[Sample]:
-    load = LOADS[case]
+async def _one(
+    ground: Ground, case: str, load: Load, arm: Arm, engines: Sequence[str], number: int
+) -> list[Sample]:
     await asyncio.gather(*(asyncio.to_thread(_forget, engine) for engine in engines))
     rng = random.Random(number)
     await _put_on(ground, arm, load, rng)
@@ -144,7 +139,7 @@ async def _one(ground: Ground, case: str, arm: Arm, engines: Sequence[str], numb
     rows = [(BUSIEST, "x", busiest), (LENGTH, "", length)]
     if not load.is_cold:
         rows.insert(0, (HITS, "%", share))
-    if not load.is_real:
+    if load.is_timed:
         rows.append((TTFT, "ms", seen.ttft_p50_ms))
     return [Sample(name, case, arm.name, unit, number, value) for name, unit, value in rows]
 
@@ -224,38 +219,6 @@ async def stand_ins(_: Path) -> AsyncIterator[list[str]]:
 
 
 @asynccontextmanager
-async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
-    """Two vLLM servers, each on one core, from the environment that `make engine` builds. Raises NotInstalled."""
-    status = engine_status(Path(sys.prefix) / "engine")
-    if not status.is_ready:
-        raise NotInstalled(status.detail)
-    cores = sorted(os.sched_getaffinity(0))
-    shares = share_hardware(2, gpus=(), cores=cores, openmp=find_openmp(status.python))
-    more = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK), "--enable-scale-out"]
-    processes, urls = [], []
-    try:
-        for number, share in enumerate(shares):
-            port = free_port()
-            command = engine_command(
-                read_model(status.models[0]), share, python=status.python, port=port, environ=_environ()
-            )
-            with (folder / f"engine-{number}.log").open("wb") as output:
-                processes.append(
-                    spawn(
-                        [*command.argv, *more], env={**command.env, "VLLM_SERVER_DEV_MODE": "1"},
-                        stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                    )
-                )  # fmt: skip
-            urls.append(f"http://127.0.0.1:{port}")
-        for url in urls:
-            tell(f"waiting for {url}")
-            await asyncio.to_thread(_await_health, url)
-        yield urls
-    finally:
-        await ended(*processes)
-
-
-@asynccontextmanager
 async def _arm(ground: Ground, name: str, engines: Sequence[str]) -> AsyncIterator[Arm]:
     folder = ground.folder / f"{name.partition(',')[0]}-{free_port()}"
     folder.mkdir()
@@ -296,22 +259,10 @@ def _forget(engine: str) -> None:
     raise AssertionError(f"{engine} does not forget")
 
 
-def _await_health(engine: str) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(f"{engine}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"{engine} does not start")
-
-
-def _environ() -> dict[str, str]:
-    return dict(os.environ)
-
+LOADS = {STAND_INS: Load(960, 12, stand_ins), COLD: Load(480, 12, stand_ins, is_cold=True)}
 
 QUESTION = Question(
-    "prefix", "Prompts that begin alike", METHOD, measure, rounds=3, cases=(STAND_INS, COLD, REAL),
+    "prefix", "Prompts that begin alike", METHOD, measure, rounds=3, cases=tuple(LOADS),
     arms=(OURS, RANDOM, TWO, PEER), is_compared=False,
 )  # fmt: skip
 

@@ -20,11 +20,11 @@ Written by `make bench`; every number and verdict below is computed from the sam
 ## How to reproduce it
 
     make bench-peers   # the peers into .bench/, nginx and h2load by apt-get (as root)
-    make bench         # everything, about 40 minutes; this file and the pictures are written anew
+    make bench         # everything, over an hour; this file and the pictures are written anew
 
 One question alone: `python -m bench.request`, `bench.chunk`, `bench.latency`, `bench.memory`, `bench.routing`,
-`bench.prefix`, `bench.reach`, `bench.heartbeats`, `bench.profile`, `bench.money`, each with `--rounds`, `--only`, `--arms`
-and `--json`;
+`bench.prefix`, `bench.prefix_vllm`, `bench.reach`, `bench.heartbeats`, `bench.profile`, `bench.money`, each with `--rounds`,
+`--only`, `--arms` and `--json`;
 `make bench ARGS="request chunk --rounds 3"` renews some parts of this file. Nothing else should run on the machine:
 medians bear some noise, 99th percentiles don't.
 """

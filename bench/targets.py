@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bench import chunk, latency, memory, prefix, request, routing
+from bench import chunk, latency, memory, prefix, prefix_vllm, request, routing
 from bench.arms import OURS
 from bench.question import Finding
 from bench.samples import Spread
@@ -82,14 +82,16 @@ TARGETS: tuple[Target, ...] = (
     Target("memory", memory.KB, "8,000 streams", 15.0, unit="KB"),
     Target("memory", memory.LOST, "8,000 streams", 0.0),
     *(Target("routing", routing.TIMES, case, 2.0) for case in routing.POOLS if case.startswith("10,000")),
-    Target("prefix", prefix.GAIN, prefix.REAL, 1.6, is_least=True),
-    Target("prefix", prefix.GAIN, prefix.STAND_INS, 2.2, is_least=True),
     *(
         target
-        for case in (prefix.STAND_INS, prefix.REAL)
+        for question, case, gain in (
+            ("prefix", prefix.STAND_INS, 2.2),
+            ("prefix_vllm", prefix_vllm.REAL, 1.6),
+        )
         for target in (
-            Target("prefix", prefix.AGAINST_PEER, case, 1.0, is_least=True),
-            Target("prefix", prefix.BUSIEST, case, 1.3),
+            Target(question, prefix.GAIN, case, gain, is_least=True),
+            Target(question, prefix.AGAINST_PEER, case, 1.0, is_least=True),
+            Target(question, prefix.BUSIEST, case, 1.3),
         )
     ),
     Target("prefix", prefix.AGAINST_TWO, prefix.COLD, 1.0),

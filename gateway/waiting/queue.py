@@ -37,16 +37,17 @@ Line = tuple[str, str, int | None]
 
 
 class Waiter:
-    """One turn that waits; the `handed` engine is taken for it."""
+    """One turn that waits; the `handed` engine is taken for it. `was_next`: it had one before, without room after all."""
 
-    __slots__ = ("account", "handed", "line", "need", "refusal", "since_s", "tokens", "wakes")
+    __slots__ = ("account", "handed", "line", "need", "refusal", "since_s", "tokens", "wakes", "was_next")
 
-    def __init__(self, account: int, need: Need, now_s: float) -> None:
+    def __init__(self, account: int, need: Need, now_s: float, *, was_next: bool) -> None:
         self.account = account
         self.tokens = need.tokens
         self.need = need
         self.line: Line = (need.model, need.kind, need.account_id)
         self.since_s = now_s
+        self.was_next = was_next
         self.handed: Engine | None = None
         self.refusal = ""
         self.wakes = asyncio.get_running_loop().create_future()
@@ -97,11 +98,11 @@ class TurnQueue:
 
         The caller takes the engine (`began`) before anything else can happen. What waits may leave at any moment.
         """
-        waiter = Waiter(turn.principal.account_id, need, self._time())
+        waiter = Waiter(turn.principal.account_id, need, self._time(), was_next=turn.was_next)
         ends_s = self._time() + self._left_to_wait_s(turn)
         self._make_room(waiter)
         rounds = self._rounds_of(waiter.line)[is_late(turn)]
-        if turn.was_next:
+        if waiter.was_next:
             rounds.put_first(waiter)
         else:
             rounds.add(waiter)
@@ -198,17 +199,19 @@ class TurnQueue:
 
     def _serve(self, rounds: Rounds[Waiter]) -> bool:
         """Hand out engines while there are any; False if somebody got none."""
-        while (waiter := rounds.next()) is not None:
+        while (waiter := rounds.first()) is not None:
             try:
                 engine = self._route(waiter.need)
             except NoEngine as error:
                 if error.is_known:
-                    rounds.put_first(waiter)
                     return False
+                rounds.remove(waiter)
                 waiter.push_out(NONE_LEFT)
                 continue
+            rounds.take(waiter)
             engine.began(waiter.need.tokens)
-            self.served[waiter.account] = self.served.get(waiter.account, 0) + waiter.tokens
+            if not waiter.was_next:  # else the account was charged with it everywhere the first time
+                self.served[waiter.account] = self.served.get(waiter.account, 0) + waiter.tokens
             waiter.hand(engine)
         return True
 

@@ -2,7 +2,7 @@
 
 In each round every account that waits gets a quantum of tokens, and its oldest turn goes as soon as what it got covers it.
 So accounts get equal tokens while they wait, whatever they send and however many turns; what one got from another worker
-counts too, as a debt.
+counts too, as a debt, which rounds pay off whether it waits or not.
 """
 
 from collections import deque
@@ -32,8 +32,10 @@ class Rounds(Generic[Turned]):
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
         self._turns: dict[Hashable, deque[Turned]] = {}
-        self._order: deque[Hashable] = deque()  # the account whose round it is stands first
+        self._order: deque[Hashable] = deque()
+        """Accounts that wait or owe; the one whose round it is stands first."""
         self._credit: dict[Hashable, int] = {}
+        """Of those in `_order`."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -48,45 +50,55 @@ class Rounds(Generic[Turned]):
         turns = self._turns.get(turn.account)
         if turns is None:
             turns = self._turns[turn.account] = deque()
-            self._order.append(turn.account)
-            self._credit.setdefault(turn.account, 0)
+            if turn.account not in self._credit:
+                self._credit[turn.account] = 0
+                self._order.append(turn.account)
         turns.append(turn)
         self._count += 1
 
     def put_first(self, turn: Turned) -> None:
-        """It had been next and could not go: it is again the first of its account, with what it was charged."""
+        """It was taken and could not go: it is the next one again, and its account gets back what it was charged."""
         self.add(turn)
-        turns = self._turns[turn.account]
-        turns.rotate(1)
+        self._turns[turn.account].rotate(1)
         self._credit[turn.account] += turn.tokens
+        self._order.remove(turn.account)
+        self._order.appendleft(turn.account)
 
-    def next(self) -> Turned | None:
-        """The turn whose turn it is, which waits no more and is charged to its account; None where nobody waits."""
-        if not self._order:
+    def first(self) -> Turned | None:
+        """The turn whose turn it is, until it is taken or leaves; None where nobody waits."""
+        if not self._turns:
             return None
+        if (turn := self._ready()) is not None:
+            return turn
         self._skip_rounds()
-        while True:
+        while (turn := self._ready()) is None:
             account = self._order[0]
-            turn = self._turns[account][0]
-            if self._credit[account] >= turn.tokens:
-                self._take(account, turn)
-                return turn
-            self._credit[account] += self._quantum
             self._order.rotate(-1)
+            self._give(account, self._quantum)
+        return turn
+
+    def _ready(self) -> Turned | None:
+        """The oldest turn of the account whose round it is, if what that got covers it."""
+        account = self._order[0]
+        turns = self._turns.get(account)
+        return turns[0] if turns and self._credit[account] >= turns[0].tokens else None
 
     def _skip_rounds(self) -> None:
         """Rounds in which nobody could go are given at once: debts may be large."""
         lacking = min(turns[0].tokens - self._credit[account] for account, turns in self._turns.items())
         rounds = max(0, -(-lacking // self._quantum) - 1)
         if rounds:
-            for account in self._order:
-                self._credit[account] += rounds * self._quantum
+            for account in list(self._order):
+                self._give(account, rounds * self._quantum)
 
-    def _take(self, account: Hashable, turn: Turned) -> None:
-        self._turns[account].popleft()
-        self._credit[account] -= turn.tokens
-        self._count -= 1
+    def _give(self, account: Hashable, tokens: int) -> None:
+        self._credit[account] += tokens
         self._forget_idle(account)
+
+    def take(self, turn: Turned) -> None:
+        """The `first` one goes: it waits no more, and its account is charged."""
+        self._credit[turn.account] -= turn.tokens
+        self.remove(turn)
 
     def remove(self, turn: Turned) -> bool:
         """It waits no more, without having gone. False if it did not wait."""
@@ -95,24 +107,30 @@ class Rounds(Generic[Turned]):
             return False
         turns.remove(turn)
         self._count -= 1
-        self._forget_idle(turn.account)
+        if not turns:
+            del self._turns[turn.account]
+            self._forget_idle(turn.account)
+        if not self._turns:
+            self._order.clear()
+            self._credit.clear()
         return True
 
     def _forget_idle(self, account: Hashable) -> None:
-        """An account without turns keeps no credit, which it could save up; its debts stay, while somebody waits."""
-        if self._turns[account]:
-            return
-        del self._turns[account]
-        self._order.remove(account)
-        if self._credit[account] >= 0:
+        """An account without turns keeps no credit, which it could save up; its debt stays, until rounds have paid it."""
+        if account not in self._turns and self._credit[account] >= 0:
             del self._credit[account]
-        if not self._turns or len(self._credit) - len(self._turns) > DEBTORS_MAX:
-            self._credit = {each: self._credit[each] for each in self._turns}
+            self._order.remove(account)
 
     def charge(self, account: Hashable, tokens: int) -> None:
         """The account got so much from another worker."""
-        if self._turns:
-            self._credit[account] = self._credit.get(account, 0) - tokens
+        if not self._turns:
+            return
+        if account not in self._credit:
+            if len(self._credit) - len(self._turns) >= DEBTORS_MAX:
+                return
+            self._credit[account] = 0
+            self._order.append(account)
+        self._credit[account] -= tokens
 
     @property
     def most(self) -> int:

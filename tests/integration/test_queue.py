@@ -202,22 +202,28 @@ async def test_those_who_wait_are_told_when_the_worker_ends(settings, pool, slow
 
 
 class Worker:
-    """One worker's queue with its share in Valkey; nobody is ever handed an engine."""
+    """One worker's queue with its share in Valkey; nobody is handed an engine but `engines`."""
 
     def __init__(self, name: str, settings: Settings, clock: Any, valkey: Redis) -> None:
         self.registry = Registry(settings, AllowedNetworks("127.0.0.0/8"), clock)
         self.queue = TurnQueue(settings, registry=self.registry, route=self._route, metrics=Metrics())
         self.share = QueueShare(valkey, self.queue, settings, name)
+        self.engines: list[Any] = []
         self.task = asyncio.create_task(self.share.run())
 
     def _route(self, need: Need) -> Engine:
+        if self.engines:
+            return self.engines.pop()
         raise NoEngine(need.model, is_known=True, is_full=True)
 
-    def wait(self, account: int) -> "asyncio.Task[Engine]":
-        turn: Any = SimpleNamespace(
+    def turn(self, account: int) -> Any:
+        return SimpleNamespace(
             principal=SimpleNamespace(account_id=account), duration_ms=0, request_id="req_1", told={}, was_next=False,
             ask=SimpleNamespace(time_limit_s=None, price_percent=100, tap=None, gathers=False),
         )  # fmt: skip
+
+    def wait(self, account: int, turn: Any = None) -> "asyncio.Task[Engine]":
+        turn = turn or self.turn(account)
         return asyncio.create_task(self.queue.place(turn, Need("m", "generate", 100), SimpleNamespace()))
 
 
@@ -260,6 +266,17 @@ async def test_what_an_account_gets_from_one_worker_is_owed_in_the_other(setting
         charged: list[tuple[object, int]] = []
         waiting.charge = lambda *what: (charged.append(what), owed(*what))
         await eventually(lambda: charged == [(1, 5_000)])
+
+
+async def test_a_turn_whose_engine_had_no_room_after_all_is_counted_once(settings, clock, valkey):
+    worker = Worker("one", settings, clock, valkey)
+    turn, engine = worker.turn(1), SimpleNamespace(began=lambda tokens: None, ended=lambda tokens: None)
+    for _ in range(3):
+        worker.engines.append(engine)
+        assert await worker.wait(1, turn) is engine
+        assert turn.was_next
+    assert worker.queue.take_served() == {1: 100}
+    worker.task.cancel()
 
 
 async def test_a_worker_that_is_gone_or_a_valkey_that_is_away_leaves_each_queue_to_itself(

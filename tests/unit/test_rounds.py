@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.waiting.rounds import Rounds
+from gateway.waiting.rounds import DEBTORS_MAX, Rounds
 
 
 @dataclass(eq=False)
@@ -16,12 +16,18 @@ class Turn:
     tokens: int = 100
 
 
+def take(rounds: Rounds[Turn]) -> Turn | None:
+    if (turn := rounds.first()) is not None:
+        rounds.take(turn)
+    return turn
+
+
 def served(rounds: Rounds[Turn], count: int) -> list[Turn]:
-    return [turn for _ in range(count) if (turn := rounds.next()) is not None]
+    return [turn for _ in range(count) if (turn := take(rounds)) is not None]
 
 
 def test_nobody_waits():
-    assert Rounds[Turn](100).next() is None
+    assert Rounds[Turn](100).first() is None
 
 
 def test_an_accounts_turns_go_in_the_order_they_came():
@@ -78,17 +84,71 @@ def test_a_debt_of_millions_takes_no_longer_to_get_over():
     rounds = Rounds[Turn](1)
     rounds.add(Turn("a"))
     rounds.charge("a", 10**15)
-    assert rounds.next() is not None
+    assert take(rounds) is not None
+
+
+def test_a_debt_is_paid_by_the_rounds_that_others_get_while_its_account_does_not_wait():
+    rounds, back = Rounds[Turn](100), Turn("a")
+    for _ in range(30):
+        rounds.add(Turn("b"))
+    rounds.charge("a", 1000)
+    served(rounds, 5)
+    rounds.add(back)
+    assert [turn.account for turn in served(rounds, 7)] == ["b"] * 6 + ["a"]
+
+
+def test_paid_debts_leave_no_credit():
+    rounds = Rounds[Turn](100)
+    for _ in range(30):
+        rounds.add(Turn("b"))
+    rounds.charge("a", 200)
+    served(rounds, 20)
+    for _ in range(5):
+        rounds.add(Turn("a"))
+    assert Counter(turn.account for turn in served(rounds, 6)) == {"a": 3, "b": 3}
+
+
+def test_debtors_are_remembered_up_to_a_bound():
+    rounds = Rounds[Turn](100)
+    rounds.add(Turn("a"))
+    for number in range(DEBTORS_MAX + 10):
+        rounds.charge(f"debtor {number}", 100)
+    assert len(rounds._credit) == DEBTORS_MAX + 1
+    served(rounds, 1)
+    assert not rounds._credit
+
+
+def test_who_is_first_stays_so_however_often_it_is_asked_before_it_can_go():
+    """An account's only turn must not lose its place to one with many, whenever no engine is free."""
+    rounds, only = Rounds[Turn](64), Turn("modest", 79)
+    for _ in range(50):
+        rounds.add(Turn("greedy", 58))
+    rounds.add(only)
+    while rounds.first() is not only:
+        served(rounds, 1)
+    assert [rounds.first() for _ in range(10)] == [only] * 10
+    assert take(rounds) is only
 
 
 def test_a_turn_that_could_not_go_is_next_again_and_pays_once():
     rounds, first, second = Rounds[Turn](100), Turn("a"), Turn("a")
     rounds.add(first)
     rounds.add(second)
-    assert rounds.next() is first
+    assert take(rounds) is first
     rounds.put_first(first)
     assert rounds._credit["a"] >= 100
     assert served(rounds, 2) == [first, second]
+
+
+def test_a_turn_that_could_not_go_goes_before_other_accounts():
+    rounds, tried = Rounds[Turn](100), Turn("a")
+    rounds.add(tried)
+    for _ in range(5):
+        rounds.add(Turn("b"))
+    assert take(rounds) is tried
+    rounds.first()
+    rounds.put_first(tried)
+    assert take(rounds) is tried
 
 
 def test_who_leaves_makes_room():
@@ -134,7 +194,7 @@ def test_whatever_happens_every_turn_goes_once_and_none_is_lost(steps):
             waiting.append(Turn(str(who), tokens))
             rounds.add(waiting[-1])
         elif step == "next":
-            last = rounds.next()
+            last = take(rounds)
             assert (last is None) == (not waiting)
             if last is not None:
                 assert next(turn for turn in waiting if turn.account == last.account) is last
