@@ -10,6 +10,8 @@ from typing import Any, Final, TypeGuard
 
 import orjson
 
+from gateway.relay.digits import digits_end, number_of
+
 COUNT_MAX: Final = 10**12
 """A count beyond it is none: no context has so many, and what it costs would fit no column."""
 
@@ -151,8 +153,6 @@ _ENDINGS: Final = (
 
 _QUOTE: Final = ord('"')
 _BACKSLASH: Final = ord("\\")
-_ZERO: Final = ord("0")
-_NINE: Final = ord("9")
 _DIGITS_MAX: Final = 12
 
 
@@ -214,11 +214,8 @@ def _count(data: bytes, at: int) -> tuple[int, int]:
     """A count, and where it ends."""
     if at < 0:
         return 0, -1
-    count, end = 0, at
-    while end < len(data) and _ZERO <= data[end] <= _NINE:
-        count = count * 10 + data[end] - _ZERO
-        end += 1
-    return (count, end) if 0 < end - at <= _DIGITS_MAX else (0, -1)
+    end = digits_end(data, at)
+    return (number_of(data, at, end), end) if 0 < end - at <= _DIGITS_MAX else (0, -1)
 
 
 def usage_dict(tokens: Tokens) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import orjson
 
+from gateway.relay.digits import digits_begin, number_of
 from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens, without_usage
 from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
@@ -24,8 +25,6 @@ _UNFINISHED_WITHIN: Final = 100
 """Bytes before the usage in which a plain event says that."""
 
 _DIGITS_MAX: Final = 12
-_ZERO: Final = 0x30
-_NINE: Final = 0x39
 _NEWLINE: Final = 0x0A
 
 _FINISH: Final = b'"finish_reason":"'
@@ -279,22 +278,6 @@ def shape_of(before_usage: bytes, after_count: bytes) -> _Shape:
         if len(_shapes) < _SHAPES_MAX:
             _shapes[before_usage, after_count] = shape
     return shape
-
-
-def digits_begin(data: bytes, end: int) -> int:
-    """Where the digits begin that end there."""
-    at = end
-    while at > 0 and _ZERO <= data[at - 1] <= _NINE:
-        at -= 1
-    return at
-
-
-def number_of(data: bytes, start: int, end: int) -> int:
-    """The number that these digits are."""
-    number = 0
-    for place in range(start, end):
-        number = number * 10 + data[place] - _ZERO
-    return number
 
 
 def _texts(body: bytes) -> list[str]:

@@ -17,6 +17,7 @@ import httptools
 from config.clock import monotonic
 from config.defaults import Settings
 from gateway.lengths import body_bytes
+from gateway.relay.digits import NINE, ZERO
 from nodes.reach import Direct, Reach
 
 log = logging.getLogger("poolgate.relay")
@@ -382,8 +383,6 @@ SIZE_DIGITS_MAX: Final = 4
 
 CR: Final = 0x0D
 LF: Final = 0x0A
-ZERO: Final = 0x30
-NINE: Final = 0x39
 A: Final = 0x61
 F: Final = 0x66
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 WINDOW: Final = 8
 """Engines that meet for one prompt."""
 
-KNOWN_MAX: Final = 4096
-"""Prompts whose homes a ring remembers."""
-
 _SPREAD: Final = 0x278DDE6D
 _MASK: Final = 0x3FFFFFFF
 """Marks have 30 bits, of which products are small integers yet."""
@@ -33,23 +30,14 @@ def mark_of(key: str) -> int:
 class Ring:
     """The engines of a group by their marks."""
 
-    __slots__ = ("_engines", "_known", "_marks")
+    __slots__ = ("_engines", "_marks")
 
     def __init__(self, engines: "Sequence[Engine]") -> None:
         self._engines = sorted(engines, key=lambda engine: (engine.mark, engine.key))
         self._marks: list[int] = [engine.mark for engine in self._engines]
-        self._known: dict[int, tuple[Engine, ...]] = {}
 
     def homes(self, value: int) -> "tuple[Engine, ...]":
         """The engines for a prompt that hashes to `value`, the first one first."""
-        found = self._known.get(value)
-        if found is None:
-            if len(self._known) >= KNOWN_MAX:
-                self._known.clear()
-            found = self._known[value] = self._find(value)
-        return found
-
-    def _find(self, value: int) -> "tuple[Engine, ...]":
         engines, marks = self._engines, self._marks
         value = (value & _MASK) * _SPREAD & _MASK
         count = len(engines)

@@ -7,13 +7,12 @@ to tokenise every prompt here, for milliseconds.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 from zlib import crc32
 
 from xxhash import xxh3_64_intdigest
 
-from nodes.routing.lines import Line, Link
+from nodes.routing.recency import Line, Link
 
 if TYPE_CHECKING:
     from nodes.routing.snapshot import Engine
@@ -88,14 +87,11 @@ def seed_of(sign: int, account: int) -> int:
     return sign ^ (account & 0xFFFFFFFF)
 
 
-def home_hash(hashes: Sequence[int]) -> int:
-    """Which of a prompt's beginnings decides on its home: of the doublings the last one within its first half. So prompts
-    that end in different questions have the same home, and those that only begin alike don't."""
-    return hashes[HOME_PLACES[len(hashes)]]
-
-
 def _home_place(count: int) -> int:
-    """Which of so many beginnings that is."""
+    """Which of so many beginnings decides on a prompt's home: of the doublings the last one within its first half.
+
+    So prompts that end in different questions have the same home, and those that only begin alike don't.
+    """
     half = ENDS[count - 1] // 2
     return max(
         (place for place in range(count) if ENDS[place] <= half and ENDS[place].bit_count() == 1), default=0
@@ -103,51 +99,51 @@ def _home_place(count: int) -> int:
 
 
 HOME_PLACES: Final = (0, *(_home_place(count) for count in range(1, len(ENDS) + 1)))
-
-
-class Beginning(Link):
-    """One that some engine holds, or that was a home of late, in the order of which these stand in line."""
-
-    __slots__ = ("engine", "first", "incarnation", "is_known", "value")
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
-        self.is_known = False
-        # Who holds it, the first one first.
-        self.first: Hold | None = None
-        # As a home: where it was sent last, and which life of that engine.
-        self.engine: Engine | None = None
-        self.incarnation = 0
-
-    def hold_of(self, engine: "Engine") -> "Hold | None":
-        """That engine's, if it holds it."""
-        hold = self.first
-        while hold is not None and hold.engine is not engine:
-            hold = hold.next
-        return hold
-
-    def holders(self) -> "list[Engine]":
-        """Those that hold it, the first one first."""
-        found = []
-        hold = self.first
-        while hold is not None:
-            found.append(hold.engine)
-            hold = hold.next
-        return found
+"""By the number of a prompt's beginnings."""
 
 
 class Hold(Link):
-    """A beginning in an engine's cache, and what it has more than the one before it, in tokens."""
+    """A beginning in an engine's cache: its hash, and what it has more than the one before it, in tokens.
 
-    __slots__ = ("beginning", "engine", "next", "tokens")
+    `next`: the same beginning in another engine's, which had it later.
+    """
 
-    def __init__(self, engine: "Engine", beginning: Beginning, tokens: int) -> None:
+    __slots__ = ("engine", "next", "tokens", "value")
+
+    def __init__(self, engine: "Engine", value: Any, tokens: int) -> None:
         super().__init__()
         self.engine = engine
-        self.beginning = beginning
+        self.value = value
         self.tokens = tokens
         self.next: Hold | None = None
+
+
+class Home(Link):
+    """Where prompts of one home went last, and in which life of that engine."""
+
+    __slots__ = ("engine", "incarnation", "value")
+
+    def __init__(self, value: Any, engine: "Engine") -> None:
+        super().__init__()
+        self.value = value
+        self.engine = engine
+        self.incarnation: int = engine.incarnation
+
+
+def hold_of(engine: "Engine", hold: Hold | None) -> Hold | None:
+    """That engine's, from `hold` on."""
+    while hold is not None and hold.engine is not engine:
+        hold = hold.next
+    return hold
+
+
+def holders_of(hold: Hold | None) -> "list[Engine]":
+    """All that hold the same, from `hold` on."""
+    found = []
+    while hold is not None:
+        found.append(hold.engine)
+        hold = hold.next
+    return found
 
 
 class Held:
@@ -172,26 +168,29 @@ class Held:
         link = self.line.oldest
         while link is not None:
             hold = cast("Hold", link)
-            found[hold.beginning.value] = hold.tokens
+            found[hold.value] = hold.tokens
             link = link.newer
         return found
 
 
 class Trail:
-    """A prompt's beginnings as an index has them now, those too that it does not know. To be used at once."""
+    """A prompt's beginnings as an index has them now: the hash of each and its first holder. To be used at once."""
 
-    __slots__ = ("beginnings", "depth", "home")
+    __slots__ = ("depth", "hashes", "holds", "home", "home_place")
 
-    def __init__(self, beginnings: list[Beginning], depth: int) -> None:
-        self.beginnings = beginnings
-        self.home = beginnings[HOME_PLACES[len(beginnings)]]
+    def __init__(self, hashes: list[Any], holds: list[Hold | None], depth: int, home_place: int) -> None:
+        self.hashes = hashes
+        self.holds = holds
         # How many of them are held somewhere.
         self.depth = depth
+        # Which of them decides on the home.
+        self.home_place = home_place
+        self.home: Home | None = None
 
     @property
-    def held(self) -> Beginning | None:
+    def held(self) -> Hold | None:
         """The last one that is held."""
-        return self.beginnings[self.depth - 1] if self.depth else None
+        return self.holds[self.depth - 1] if self.depth else None
 
     @property
     def is_cold(self) -> bool:
@@ -201,7 +200,7 @@ class Trail:
     @property
     def tokens(self) -> int:
         """What they cover."""
-        return TOKENS[len(self.beginnings)]
+        return TOKENS[len(self.hashes)]
 
     @property
     def tokens_held(self) -> int:
@@ -212,8 +211,7 @@ class Trail:
     def last(self) -> "Engine | None":
         """Where a prompt that begins so was sent last, unless that was started anew since. It may hold some of it yet."""
         home = self.home
-        engine = home.engine
-        return engine if engine is not None and engine.incarnation == home.incarnation else None
+        return home.engine if home is not None and home.engine.incarnation == home.incarnation else None
 
 
 class Prefixes:
@@ -222,8 +220,9 @@ class Prefixes:
     def __init__(self, entries_max: int) -> None:
         self._entries_max = entries_max
         self._entries = 0
-        self._known: dict[Any, Beginning] = {}
-        self._homes = Line()
+        self._known: dict[Any, Hold] = {}
+        self._homes: dict[Any, Home] = {}
+        self._homes_line = Line()
         # Whether other workers want the news.
         self.has_others = True
         # Newest last: prompts that went where not even the first half of them was held. For the other workers.
@@ -235,64 +234,58 @@ class Prefixes:
     @property
     def homes(self) -> int:
         """How many prompts it knows the last engine of."""
-        return self._homes.count
+        return len(self._homes)
 
     def holders(self) -> "dict[int, list[Engine]]":
         """All that is held, and by whom."""
-        return {value: one.holders() for value, one in self._known.items() if one.first is not None}
+        return {value: holders_of(first) for value, first in self._known.items()}
 
     def trail(self, hashes: list[Any]) -> Trail:
         """What it knows of a prompt with these beginnings, one at least."""
         known = self._known
-        found: list[Beginning] = []
+        holds: list[Hold | None] = []
         depth = 0
         value: Any
         for value in hashes:
-            beginning = known.get(value)
-            if beginning is None:
-                beginning = Beginning(value)
-            found.append(beginning)
-            if beginning.first is not None:
-                depth = len(found)
-        return Trail(found, depth)
-
-    def match(self, hashes: list[int]) -> "tuple[int, Sequence[Engine]]":
-        """How many of the beginnings are held somewhere, and by whom the last of these is."""
-        trail = self.trail(hashes)
-        held = trail.held
-        return (0, ()) if held is None else (trail.depth, held.holders())
+            first = known.get(value)
+            holds.append(first)
+            if first is not None:
+                depth = len(holds)
+        trail = Trail(hashes, holds, depth, HOME_PLACES[len(hashes)])
+        trail.home = self._homes.get(hashes[trail.home_place])
+        return trail
 
     def note(self, engine: "Engine", hashes: list[int], tokens: int) -> None:
         """A prompt with these beginnings, of so many tokens, goes to that engine now."""
-        self.follow(self.trail(hashes), engine, hashes, tokens)
+        self.follow(self.trail(hashes), engine, tokens)
 
     def learn(self, engine: "Engine", hashes: list[int], tokens: int) -> None:
         """One went to that engine, as another worker tells."""
         self._take(self.trail(hashes), engine, tokens)
 
-    def follow(self, trail: Trail, engine: "Engine", hashes: list[Any], tokens: int) -> None:
+    def follow(self, trail: Trail, engine: "Engine", tokens: int) -> None:
         """`note`, for who has the prompt's trail."""
-        if self.has_others and trail.home.hold_of(engine) is None:
-            self.news.append((engine, hashes, tokens))
+        if self.has_others and hold_of(engine, trail.holds[trail.home_place]) is None:
+            self.news.append((engine, trail.hashes, tokens))
         self._take(trail, engine, tokens)
 
     def _take(self, trail: Trail, engine: "Engine", tokens: int) -> None:
         """The longest is touched first: of one prompt's blocks vLLM too gives up the last ones first."""
-        self._remember(trail.home, engine)
+        self._remember(trail, engine)
         held = engine.held
         line = held.line
-        found = trail.beginnings
-        place = len(found)
+        hashes, holds = trail.hashes, trail.holds
+        place = len(hashes)
         upto = max(tokens, TOKENS[place])
         while place:
             place -= 1
-            beginning = found[place]
-            hold = beginning.hold_of(engine)
             before = TOKENS[place]
+            first = holds[place]
+            hold = hold_of(engine, first)
             if hold is not None:
                 line.touch(hold)
             else:
-                self._add(engine, beginning, upto - before)
+                self._add(Hold(engine, hashes[place], upto - before), first)
             upto = before
         while held.tokens > held.tokens_max or self._entries > self._entries_max:
             oldest = line.oldest
@@ -300,66 +293,53 @@ class Prefixes:
                 break
             self._drop(cast("Hold", oldest))
 
-    def _remember(self, home: Beginning, engine: "Engine") -> None:
-        homes = self._homes
-        if home.engine is not None:
-            homes.touch(home)
-        else:
-            homes.add(home)
-            self._know(home)
-        home.engine, home.incarnation = engine, engine.incarnation
-        if homes.count > self._entries_max:
-            oldest = cast("Beginning", homes.oldest)
-            homes.remove(oldest)
-            oldest.engine = None
-            self._forget(oldest)
-
-    def _add(self, engine: "Engine", beginning: Beginning, tokens: int) -> None:
-        hold = Hold(engine, beginning, tokens)
-        held = engine.held
-        held.line.add(hold)
-        held.tokens += tokens
-        self._entries += 1
-        self._know(beginning)
-        before = beginning.first
-        if before is None:
-            beginning.first = hold
+    def _remember(self, trail: Trail, engine: "Engine") -> None:
+        line, home = self._homes_line, trail.home
+        if home is not None:
+            line.touch(home)
+            home.engine, home.incarnation = engine, engine.incarnation
             return
-        count = 2
-        while before.next is not None:
-            before = before.next
+        home = Home(trail.hashes[trail.home_place], engine)
+        self._homes[home.value] = home
+        line.add(home)
+        if line.count > self._entries_max:
+            oldest = cast("Home", line.oldest)
+            line.remove(oldest)
+            del self._homes[oldest.value]
+
+    def _add(self, hold: Hold, first: Hold | None) -> None:
+        """An engine holds something more, of which `first` is the first holder."""
+        held = hold.engine.held
+        held.line.add(hold)
+        held.tokens += hold.tokens
+        self._entries += 1
+        if first is None:
+            self._known[hold.value] = hold
+            return
+        last, count = first, 2
+        while last.next is not None:
+            last = last.next
             count += 1
-        before.next = hold
-        if count > HOLDERS_MAX and beginning.first is not None:
-            self._drop(beginning.first)
+        last.next = hold
+        if count > HOLDERS_MAX:
+            self._drop(first)
 
     def _drop(self, hold: Hold) -> None:
         """An engine holds something no more."""
-        held, beginning = hold.engine.held, hold.beginning
+        held, following = hold.engine.held, hold.next
         held.line.remove(hold)
         held.tokens -= hold.tokens
         self._entries -= 1
-        before = beginning.first
-        if before is hold:
-            beginning.first = hold.next
-        else:
+        before = self._known.get(hold.value)
+        if before is not hold:
             while before is not None and before.next is not hold:
                 before = before.next
-            if before is not None:
-                before.next = hold.next
-        self._forget(beginning)
-
-    def _know(self, beginning: Beginning) -> None:
-        if not beginning.is_known:
-            beginning.is_known = True
-            self._known[beginning.value] = beginning
-
-    def _forget(self, beginning: Beginning) -> None:
-        """Unless it is held, or a home. Another one may have its place, where two of one prompt have the same hash."""
-        if beginning.first is None and beginning.engine is None:
-            beginning.is_known = False
-            if self._known.get(beginning.value) is beginning:
-                del self._known[beginning.value]
+            if before is not None:  # else another one has its place, as two of one prompt have the same hash
+                before.next = following
+        elif following is not None:
+            self._known[hold.value] = following
+        else:
+            del self._known[hold.value]
 
     def forget(self, engine: "Engine") -> None:
         """It was started anew, or it left: its cache is gone."""

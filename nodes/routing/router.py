@@ -19,6 +19,8 @@ from nodes.routing.prefixes import (
     Prefixes,
     Trail,
     beginnings,
+    hold_of,
+    holders_of,
     seed_of,
     sign_of,
 )
@@ -148,7 +150,7 @@ class Router:
         if trail is not None:
             if trail.is_cold:
                 group.place_cold(engine, trail.tokens)
-            self._prefixes.follow(trail, engine, hashes, len(need.body) // BYTES_PER_TOKEN)
+            self._prefixes.follow(trail, engine, len(need.body) // BYTES_PER_TOKEN)
         if need.wishes.session:
             self._remember(need, engine)
         return engine
@@ -196,12 +198,12 @@ class Router:
             ):
                 worth_here = LAST_SHARE if home is last else worth
                 cost = self._cost(home, had, group, is_cold) - prompt_tokens * worth_here
-                if held is not None and held.hold_of(home) is not None:
+                if hold_of(home, held) is not None:
                     cost -= spared
                 if cost < least:
                     best, least = home, cost
                 worth = 0.0 if is_cold else NEXT_SHARE
-        hold = held.first if held is not None else None
+        hold = held
         while hold is not None:
             engine = hold.engine
             if engine is not homes[0] and engine is not homes[-1] and group.has(engine):
@@ -272,7 +274,7 @@ class Router:
         ties = Ties({}, {})
         if trail is not None:
             tokens, prompt_tokens = trail.tokens_held, trail.tokens
-            for engine in () if trail.held is None else trail.held.holders():
+            for engine in holders_of(trail.held):
                 if group.has(engine):
                     ties.matched[engine] = tokens
             ties.is_cold = trail.is_cold
@@ -306,20 +308,17 @@ def homes_of(group: Group, trail: Trail) -> tuple[Engine, ...]:
     was last. So caches fill evenly, nobody's prompts are given up for it while there is room elsewhere, and those that are
     more than fit stay where some of them are found again.
     """
-    homes = group.ring.homes(trail.home.value)
+    homes = group.ring.homes(trail.hashes[trail.home_place])
     if len(homes) < 2:
         return homes
     first, second = homes[0], homes[1]
     held, last = trail.held, trail.last
     if last is not None and last is not first and group.has(last):
         first, second = last, first
-    if held is not None and held.hold_of(first) is not None:
+    if hold_of(first, held) is not None:
         return first, second
-    if (held is not None and held.hold_of(second) is not None) or (
-        second.held.room - first.held.room > ROOM_TURNS * trail.tokens
-    ):
-        return second, first
-    return first, second
+    has_more_room = second.held.room - first.held.room > ROOM_TURNS * trail.tokens
+    return (second, first) if has_more_room or hold_of(second, held) is not None else (first, second)
 
 
 def hashes_of(need: Need) -> list[int]:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from gateway.api.openai.plain import plain_chat
+from gateway.api.openai.plain import LONG_BYTES, plain_chat
 from gateway.api.openai.schemas_requests import ChatRequest
 
 CHAT = TypeAdapter(ChatRequest)
@@ -97,20 +97,26 @@ bodies = st.builds(
 ) | objects(fields).map(str.encode)
 
 
-@given(bodies)
+@given(bodies, st.sampled_from([b"", b" " * LONG_BYTES]))
 @example(
-    b'{"model":"m","messages":[{"role":"user","content":"hi"}],"n":1,"n":2,"temperature":9,"temperature":1}'
+    b'{"model":"m","messages":[{"role":"user","content":"hi"}],"n":1,"n":2,"temperature":9,"temperature":1}',
+    b"",
 )
 @example(
-    b'{"model":"m","messages":[{"role":"user","content":"hi"}],"messages":[{"role":"user","content":"no"}]}'
+    b'{"model":"m","messages":[{"role":"user","content":"hi"}],"messages":[{"role":"user","content":"no"}]}',
+    b"",
 )
-@example(b' {"model":"m","messages":[{"role":"user","content":"hi"}]} ')
-@example(b'\xef\xbb\xbf{"model":"m","messages":[{"role":"user","content":"hi"}]}')
-@example(b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}')
-@example(b'{"model":"m","messages":[{"role":"user","content":"hi"}]}}')
-@example(b"[]")
-@example(b"")
-def test_what_is_plain_is_what_the_schema_makes_of_it(body: bytes) -> None:
+@example(b' {"model":"m","messages":[{"role":"user","content":"hi"}]} ', b"")
+@example(b'\xef\xbb\xbf{"model":"m","messages":[{"role":"user","content":"hi"}]}', b"")
+@example(b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}', b"")
+@example(b'{"model":"m","messages":[{"role":"user","content":"hi"}]}}', b"")
+@example(b"[]", b"")
+@example(b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}', b" " * LONG_BYTES)
+@example(b'{"model":"m","messages":[{"role":"user","content":"hi"}]}}', b" " * LONG_BYTES)
+@example(b"", b"")
+def test_what_is_plain_is_what_the_schema_makes_of_it(body: bytes, padding: bytes) -> None:
+    """Either reader's: long bodies have another one."""
+    body += padding
     plain = plain_chat(body)
     assert plain is None or plain == by_schema(body)
 
@@ -128,6 +134,7 @@ def test_what_is_plain_is_what_the_schema_makes_of_it(body: bytes) -> None:
 def test_what_most_clients_ask_is_plain(more: dict[str, Any]) -> None:
     request = {"model": "m", "messages": MESSAGES, **more}
     assert plain_chat(orjson.dumps(request)) == request
+    assert plain_chat(orjson.dumps(request) + b" " * LONG_BYTES) == request
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from nodes.routing.prefixes import (
     TOKENS,
     Prefixes,
     beginnings,
-    home_hash,
+    holders_of,
     seed_of,
     sign_of,
 )
@@ -30,6 +30,16 @@ PROMPT = bytes(range(256)) * 64
 
 def hashes_of(text: bytes, seed: int = 1) -> list[int]:
     return beginnings(text, 0, seed)
+
+
+def home_hash(hashes: list[int]) -> int:
+    return hashes[HOME_PLACES[len(hashes)]]
+
+
+def match(prefixes: Prefixes, hashes: list[int]) -> tuple[int, list[Engine]]:
+    """How many of the beginnings are held somewhere, and by whom the last of these is."""
+    trail = prefixes.trail(hashes)
+    return trail.depth, holders_of(trail.held)
 
 
 def test_prompts_that_begin_alike_have_the_same_beginnings_up_to_where_they_differ():
@@ -83,9 +93,9 @@ def test_the_longest_beginning_that_is_held_is_found_with_who_holds_it():
     hashes = hashes_of(PROMPT)
     prefixes.note(short, hashes[:2], 600)
     prefixes.note(long, hashes[:4], 1100)
-    assert prefixes.match(hashes) == (4, [long])
-    assert prefixes.match(hashes[:2]) == (2, [short, long])
-    assert prefixes.match(hashes_of(b"?" * 9000)) == (0, ())
+    assert match(prefixes, hashes) == (4, [long])
+    assert match(prefixes, hashes[:2]) == (2, [short, long])
+    assert match(prefixes, hashes_of(b"?" * 9000)) == (0, [])
 
 
 def test_an_engine_holds_no_more_than_its_cache_and_gives_up_the_oldest_first():
@@ -94,10 +104,10 @@ def test_an_engine_holds_no_more_than_its_cache_and_gives_up_the_oldest_first():
     prompts = [hashes_of(bytes([number]) * ENDS[2]) for number in range(3)]
     for hashes in prompts[:2]:
         prefixes.note(one, hashes, TOKENS[3])
-    assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 3, 0]
+    assert [match(prefixes, hashes)[0] for hashes in prompts] == [3, 3, 0]
     prefixes.note(one, prompts[0], TOKENS[3])  # used again: now the second is the oldest
     prefixes.note(one, prompts[2], TOKENS[3])
-    assert [prefixes.match(hashes)[0] for hashes in prompts] == [3, 0, 3]
+    assert [match(prefixes, hashes)[0] for hashes in prompts] == [3, 0, 3]
     assert one.held.tokens == one.held.tokens_max
 
 
@@ -113,7 +123,7 @@ def test_one_beginning_is_remembered_of_a_few_engines_only():
     engines = [engine(str(number)) for number in range(HOLDERS_MAX + 2)]
     for one in engines:
         prefixes.note(one, hashes, 256)
-    assert prefixes.match(hashes) == (1, engines[2:])
+    assert match(prefixes, hashes) == (1, engines[2:])
     assert engines[0].held.tokens == 0
 
 
@@ -123,7 +133,7 @@ def test_an_engine_that_was_started_anew_holds_nothing():
     prefixes.note(one, hashes, 4096)
     prefixes.note(other, hashes, 4096)
     prefixes.forget(one)
-    assert prefixes.match(hashes) == (len(hashes), [other])
+    assert match(prefixes, hashes) == (len(hashes), [other])
     assert (one.held.tokens, len(one.held.entries)) == (0, 0)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from config.defaults import Settings
 from nodes.routing.explain import explain
 from nodes.routing.filters import Wishes
-from nodes.routing.prefixes import Prefixes, home_hash
+from nodes.routing.prefixes import HOME_PLACES, Prefixes
 from nodes.routing.router import Need, NoEngine, Router, hashes_of
 from nodes.routing.scorers import Policy
 from nodes.routing.snapshot import Engine, Snapshot
@@ -85,7 +85,7 @@ def test_a_prompt_stays_at_its_second_home_when_the_first_has_room_again():
     engines = [engine(str(number)) for number in range(2)]
     snapshot, of = Snapshot.of(engines, 1), router()
     hashes = hashes_of(need(SYSTEM[0]))
-    first, second = snapshot.groups[M, "generate", None].ring.homes(home_hash(hashes))
+    first, second = snapshot.groups[M, "generate", None].ring.homes(hashes[HOME_PLACES[len(hashes)]])
     first.held.tokens_max = second.held.tokens_max = 4_000
     for number in (1, 2, 3):
         of._prefixes.note(first, hashes_of(need(SYSTEM[number])), 1000)
@@ -103,9 +103,7 @@ def test_a_prompt_that_was_given_up_stays_where_it_was_while_all_caches_are_full
     first = {system: of.route(snapshot, need(system)) for system in SYSTEM}
     for _ in range(3):
         for system in SYSTEM:
-            assert of._prefixes.match(hashes_of(need(system)))[0] == 0, (
-                "64 of them are three times what is held"
-            )
+            assert not of._prefixes.trail(hashes_of(need(system))).depth, "64 are three times what is held"
             assert of.route(snapshot, need(system)) is first[system]
 
 

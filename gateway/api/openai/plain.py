@@ -4,19 +4,23 @@ The schemas say what a request is. Whatever they might take otherwise (another f
 that its two readers may not read alike) is not plain, and theirs to judge.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import orjson
+from pydantic_core import from_json
 
 from gateway.api.openai.schemas_parts import INT32_MAX, MESSAGES_MAX, NAME_CHARS_MAX
 from gateway.api.openai.schemas_requests import CHOICES_MAX
+
+LONG_BYTES: Final = 1024
+"""From here on the schemas' own reader is the faster one: texts cost it a third of what they cost orjson."""
 
 
 def plain_chat(body: bytes) -> dict[str, Any] | None:
     """What the schema of a chat request makes of `body`; None where it is not plain."""
     try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        request = orjson.loads(body) if len(body) < LONG_BYTES else from_json(body)
+    except ValueError:
         return None
     if type(request) is not dict:
         return None
