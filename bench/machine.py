@@ -3,6 +3,8 @@
 import os
 import platform
 import subprocess
+import sys
+import sysconfig
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,10 +23,19 @@ def machine() -> dict[str, str]:
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores ({_processor()}), {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "load before": f"{os.getloadavg()[0]:.2f} (1 min)",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()}, {_python()}",
         "poolgate": _how(),
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
+
+
+def _python() -> str:
+    """With what decides on its speed."""
+    named = f"Python {platform.python_version()}"
+    if sys.base_prefix == "/usr" and sys.platform == "linux":
+        return f"{named} as {platform.freedesktop_os_release()['NAME']} builds it"
+    is_optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    return f"{named} built {'with' if is_optimized else 'without'} profile-guided optimization"
 
 
 def _how() -> str:

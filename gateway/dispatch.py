@@ -151,8 +151,11 @@ class Dispatcher:
         turn.engine = engine
         engine.began(turn.load_tokens)
         ask = turn.ask
-        kind = WholeFlight if ask.tap is None else StreamFlight
-        flight = kind(self, turn, engine, connection, down, landed)
+        flight: Flight
+        if ask.tap is None:
+            flight = WholeFlight(self, turn, engine, connection, down, landed)
+        else:
+            flight = StreamFlight(self, turn, engine, connection, down, landed)
         among.add(flight)
         connection.post(ask.engine_path, turn.request_id, turn.sent, flight.news)
         return flight
@@ -178,7 +181,7 @@ class Dispatcher:
         self._awaited.discard(flight)
         turn, engine, error = flight.turn, flight.engine, flight.error
         engine.ended(turn.load_tokens)
-        if isinstance(error, EngineFault):
+        if error is not None and isinstance(error, EngineFault):
             if is_full(error):  # at once: those who wait are looked at next, and must not try it
                 self._registry.engine_full(engine)
             self._fail(turn, engine, error)

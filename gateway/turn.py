@@ -178,14 +178,14 @@ class Turn:
     def delivered(self, tokens: Tokens) -> None:
         """What is to be charged: what an engine counted, as far as it can be. No prompt is longer than its bound, and an
         answer passes its limit by a step at most before it is cut. (An estimate above that is another tokenizer's.)"""
-        step = 0 if tokens.estimated else OVERRUN_STEP
-        prompt = min(tokens.prompt, self.bound.prompt_tokens)
-        completion = min(tokens.completion, self.paid_tokens + step)
-        self.is_overcounted = not tokens.estimated and (prompt, completion) != (
-            tokens.prompt,
-            tokens.completion,
-        )
-        self.tokens = Tokens(prompt, tokens.cached, completion, tokens.estimated)
+        prompt_max = self.bound.prompt_tokens
+        completion_max = self.paid_tokens + (0 if tokens.estimated else OVERRUN_STEP)
+        is_within = tokens.prompt <= prompt_max and tokens.completion <= completion_max
+        self.is_overcounted = not (is_within or tokens.estimated)
+        if not is_within:
+            prompt, completion = min(tokens.prompt, prompt_max), min(tokens.completion, completion_max)
+            tokens = Tokens(prompt, tokens.cached, completion, tokens.estimated)
+        self.tokens = tokens
 
     @property
     def is_begun(self) -> bool:
