@@ -146,7 +146,7 @@ class Admission:
         if principal.models is not None and model not in principal.models:
             raise ModelNotFound(param="model")
         snapshot = self._registry.snapshot
-        group = snapshot.groups.get((model, ask.kind, None))
+        group = snapshot.group(model, ask.kind, None)
         if group is not None:
             if self._is_full():
                 raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)

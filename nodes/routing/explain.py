@@ -16,7 +16,7 @@ SHOWN_MAX = 64
 
 def explain(snapshot: Snapshot, need: Need, router: Router, *, shown_max: int = SHOWN_MAX) -> dict[str, Any]:
     """What `router.route` would go by now. It picks among a sample: the cheapest shown is likeliest, not certain."""
-    group = snapshot.groups.get((need.model, need.kind, need.account_id))
+    group = snapshot.group(need.model, need.kind, need.account_id)
     engines = group.engines if group is not None else snapshot.by_model.get(need.model, ())
     policy = router.policy
     hashes = hashes_of(need) if policy.has_affinity else []

@@ -346,7 +346,7 @@ def no_engine(group: Group, need: Need, turns_max: int) -> NoEngine:
 
 
 def _group_of(snapshot: Snapshot, need: Need) -> Group:
-    group = snapshot.groups.get((need.model, need.kind, need.account_id))
+    group = snapshot.group(need.model, need.kind, need.account_id)
     if group is None:
         raise NoEngine(need.model, is_known=need.model in snapshot.by_model)
     return group

@@ -269,7 +269,8 @@ class Group:
 class Snapshot:
     """All engines that are ready on nodes that are online, by model.
 
-    `groups`: by model, kind and provider (None: of all). An engine belongs to the groups of the newest snapshot alone.
+    `groups`: by model, kind and provider (None: of all; those are `common` too, by model and then by kind, as most turns
+    look for one of them). An engine belongs to the groups of the newest snapshot alone.
     `cached`: nodes online that have a model on disk, by its name, whether or not an engine of theirs serves it.
     """
 
@@ -277,6 +278,7 @@ class Snapshot:
     engines: tuple[Engine, ...] = ()
     nodes_online: int = 0
     groups: dict[tuple[str, str, int | None], Group] = field(default_factory=dict)
+    common: dict[str, dict[str, Group]] = field(default_factory=dict)
     cached: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -297,7 +299,18 @@ class Snapshot:
                 members.setdefault((model, facts.kind, engine.account_id), []).append(engine)
         index = MappingProxyType({model: tuple(row) for model, row in by_model.items()})
         groups = {key: Group(key[0], row, known.get(key)) for key, row in members.items()}
-        return cls(index, everything, nodes_online, groups, MappingProxyType(dict(cached or {})))
+        common: dict[str, dict[str, Group]] = {}
+        for (model, kind, account_id), group in groups.items():
+            if account_id is None:
+                common.setdefault(model, {})[kind] = group
+        return cls(index, everything, nodes_online, groups, common, MappingProxyType(dict(cached or {})))
+
+    def group(self, model: str, kind: str, account_id: int | None) -> Group | None:
+        """The engines that serve a model in that way, of one provider or (None) of all."""
+        if account_id is not None:
+            return self.groups.get((model, kind, account_id))
+        kinds = self.common.get(model)
+        return None if kinds is None else kinds.get(kind)
 
     def models(self) -> dict[str, Model]:
         """Every model that is served, with the largest context that any engine gives it."""

@@ -137,6 +137,22 @@ def test_an_engine_keeps_its_load_and_breaker_from_one_snapshot_to_the_next(regi
     assert set(before.by_model) == {"m"}, "a choice under way goes on with its own picture"
 
 
+def test_a_group_is_found_by_model_kind_and_provider(registry):
+    registry.apply([row("a", models={"m": 2048, "n": 4096}), row("b", models={"m": 8192})], 1)
+    snapshot = registry.snapshot
+    asked = [
+        (model, kind, who)
+        for model in ("m", "n", "o")
+        for kind in ("generate", "embed")
+        for who in (None, 1, 2)
+    ]
+    assert [snapshot.group(*of) for of in asked] == [snapshot.groups.get(of) for of in asked]
+    assert [of for of in asked if snapshot.group(*of) is not None] == [
+        ("m", "generate", None), ("m", "generate", 1), ("n", "generate", None), ("n", "generate", 1),
+    ]  # fmt: skip
+    assert Snapshot().group("m", "generate", None) is None
+
+
 def test_a_group_tells_the_largest_and_the_smallest_context_of_its_engines(registry):
     registry.apply([row("a", models={"m": 2048, "n": 4096}), row("b", models={"m": 8192, "n": 0})], 1)
     groups = registry.snapshot.groups
