@@ -15,7 +15,7 @@ from nodes.heartbeats import EngineRow
 from nodes.networks import AllowedNetworks
 from nodes.placements import CHANNEL, PlacementShare
 from nodes.registry import Registry
-from nodes.routing.prefixes import ENDS, beginnings
+from nodes.routing.prefixes import ENDS, beginnings, holders_of
 from nodes.routing.router import Need, Router
 from nodes.routing.scorers import Policy
 from nodes.routing.snapshot import Engine
@@ -43,7 +43,7 @@ class Worker:
         return self.router.route(self.registry.snapshot, Need("m", "generate", 10, body=body))
 
     def holders(self, hashes: list[int]) -> list[str]:
-        return [engine.key for engine in self.registry.prefixes.match(hashes)[1]]
+        return [engine.key for engine in holders_of(self.registry.prefixes.trail(hashes).held)]
 
 
 @asynccontextmanager
