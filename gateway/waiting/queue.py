@@ -26,6 +26,9 @@ RATE_WINDOW_S = 10.0
 
 RETRY_AFTER_MAX_S = 300
 
+TIMER_S = 0.001
+"""The loop's timers know whole milliseconds, and may ring up to half a one early."""
+
 FULL = "Every node that serves this model is busy, and so many requests wait that yours can't. Try again shortly."
 PUSHED_OUT = "Every node that serves this model is busy, and requests of accounts with fewer waiting came before yours."
 NONE_LEFT = "No node serves this model any more. Try again shortly."
@@ -128,13 +131,14 @@ class TurnQueue:
         pause_s = self._settings.keepalive_comment_s
         comment_at_s = self._time() + pause_s
         while True:
-            now_s = self._time()
             until_s = min(ends_s, comment_at_s) if says else ends_s
-            done, _ = await asyncio.wait((waiter.wakes,), timeout=max(0.0, until_s - now_s))
-            if done or self._time() >= ends_s:
+            done, _ = await asyncio.wait((waiter.wakes,), timeout=max(TIMER_S, until_s - self._time()))
+            now_s = self._time()
+            if done or now_s >= ends_s:
                 return
-            comment_at_s = self._time() + pause_s
-            self._say(turn, down, self._position(waiter, rounds))
+            if says and now_s >= comment_at_s:  # else the timer rang early
+                comment_at_s = now_s + pause_s
+                self._say(turn, down, self._position(waiter, rounds))
 
     def _end(self, waiter: Waiter, rounds: Rounds[Waiter], result: str) -> None:
         """It waits no more, whatever the reason; an engine that was handed to one who left goes to the next."""

@@ -279,6 +279,24 @@ async def test_a_turn_whose_engine_had_no_room_after_all_is_counted_once(setting
     worker.task.cancel()
 
 
+@pytest.mark.parametrize(("tap", "comments_max"), [(None, 0), (object(), 3)], ids=["plain", "stream"])
+async def test_a_timer_that_rings_early_has_nobody_told_anything(settings, clock, valkey, tap, comments_max):
+    """A plain answer has a status of its own, which a comment would take away."""
+    settings = dataclasses.replace(settings, queue_wait_s=0.2, keepalive_comment_s=0.06)
+    worker = Worker("one", settings, clock, valkey)
+    time_s, begun_s = worker.queue._time, worker.queue._time()
+    worker.queue._time = lambda: begun_s + (time_s() - begun_s) * 0.9
+    said: list[bytes] = []
+    down: Any = SimpleNamespace(is_gone=False, is_started=True, write=said.append)
+    turn = worker.turn(1)
+    turn.ask.tap = tap
+    with pytest.raises(NoNodeAvailable):
+        await worker.queue.place(turn, Need("m", "generate", 100), down)
+    assert len(said) <= comments_max
+    assert bool(said) == bool(tap)
+    worker.task.cancel()
+
+
 async def test_a_worker_that_is_gone_or_a_valkey_that_is_away_leaves_each_queue_to_itself(
     settings, clock, valkey
 ):
