@@ -18,7 +18,7 @@ from bench import (
     reach,
     request,
     routing,
-)  # fmt: skip
+)
 from bench.peers import PEERS, PINS, versions
 from bench.processes import ROOT
 from bench.question import Finding, find

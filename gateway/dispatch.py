@@ -181,7 +181,7 @@ class Dispatcher:
         self._awaited.discard(flight)
         turn, engine, error = flight.turn, flight.engine, flight.error
         engine.ended(turn.load_tokens)
-        if error is not None and isinstance(error, EngineFault):
+        if isinstance(error, EngineFault):
             if is_full(error):  # at once: those who wait are looked at next, and must not try it
                 self._registry.engine_full(engine)
             self._fail(turn, engine, error)

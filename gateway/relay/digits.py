@@ -5,6 +5,9 @@ from typing import Final
 ZERO: Final = 0x30
 NINE: Final = 0x39
 
+DIGITS_MAX: Final = 12
+"""Of a count of tokens: with more it is none."""
+
 
 def digits_end(data: bytes, start: int) -> int:
     """Where the digits end that begin there."""

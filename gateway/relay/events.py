@@ -10,7 +10,7 @@ from typing import Any, Final, TypeGuard
 
 import orjson
 
-from gateway.relay.digits import digits_end, number_of
+from gateway.relay.digits import DIGITS_MAX, digits_end, number_of
 
 COUNT_MAX: Final = 10**12
 """A count beyond it is none: no context has so many, and what it costs would fit no column."""
@@ -153,7 +153,6 @@ _ENDINGS: Final = (
 
 _QUOTE: Final = ord('"')
 _BACKSLASH: Final = ord("\\")
-_DIGITS_MAX: Final = 12
 
 
 def plain_tokens(body: bytes) -> Tokens | None:
@@ -215,7 +214,7 @@ def _count(data: bytes, at: int) -> tuple[int, int]:
     if at < 0:
         return 0, -1
     end = digits_end(data, at)
-    return (number_of(data, at, end), end) if 0 < end - at <= _DIGITS_MAX else (0, -1)
+    return (number_of(data, at, end), end) if 0 < end - at <= DIGITS_MAX else (0, -1)
 
 
 def usage_dict(tokens: Tokens) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.relay.digits import digits_begin, number_of
+from gateway.relay.digits import DIGITS_MAX, digits_begin, number_of
 from gateway.relay.events import ERROR, USAGE, Tokens, error_body, tokens_of, usage_tokens, without_usage
 from gateway.relay.taps import Tap
 from gateway.relay.tokens import count_prompt, count_tokens
@@ -24,7 +24,6 @@ _UNFINISHED: Final = b',"finish_reason":null'
 _UNFINISHED_WITHIN: Final = 100
 """Bytes before the usage in which a plain event says that."""
 
-_DIGITS_MAX: Final = 12
 _NEWLINE: Final = 0x0A
 
 _FINISH: Final = b'"finish_reason":"'
@@ -151,7 +150,7 @@ class OpenAITap(Tap):
         at = total_at - len(before_total)
         if (
             at <= 0
-            or not 0 < count_ends - count_at <= _DIGITS_MAX
+            or not 0 < count_ends - count_at <= DIGITS_MAX
             or data[total_ends:count_at] != _BEFORE_COUNT
             or total_at == total_ends
             or data[at:total_at] != before_total

@@ -178,14 +178,21 @@ class Trail:
 
     __slots__ = ("depth", "hashes", "holds", "home", "home_place")
 
-    def __init__(self, hashes: list[Any], holds: list[Hold | None], depth: int, home_place: int) -> None:
+    def __init__(
+        self, hashes: list[Any], holds: list[Hold | None], depth: int, home_place: int, home: Home | None
+    ) -> None:
         self.hashes = hashes
         self.holds = holds
         # How many of them are held somewhere.
         self.depth = depth
         # Which of them decides on the home.
         self.home_place = home_place
-        self.home: Home | None = None
+        self.home = home
+
+    @property
+    def home_hash(self) -> Any:
+        """The hash by which its home is known."""
+        return self.hashes[self.home_place]
 
     @property
     def held(self) -> Hold | None:
@@ -251,9 +258,8 @@ class Prefixes:
             holds.append(first)
             if first is not None:
                 depth = len(holds)
-        trail = Trail(hashes, holds, depth, HOME_PLACES[len(hashes)])
-        trail.home = self._homes.get(hashes[trail.home_place])
-        return trail
+        home_place = HOME_PLACES[len(hashes)]
+        return Trail(hashes, holds, depth, home_place, self._homes.get(hashes[home_place]))
 
     def note(self, engine: "Engine", hashes: list[int], tokens: int) -> None:
         """A prompt with these beginnings, of so many tokens, goes to that engine now."""
@@ -299,7 +305,7 @@ class Prefixes:
             line.touch(home)
             home.engine, home.incarnation = engine, engine.incarnation
             return
-        home = Home(trail.hashes[trail.home_place], engine)
+        home = Home(trail.home_hash, engine)
         self._homes[home.value] = home
         line.add(home)
         if line.count > self._entries_max:

@@ -308,7 +308,7 @@ def homes_of(group: Group, trail: Trail) -> tuple[Engine, ...]:
     was last. So caches fill evenly, nobody's prompts are given up for it while there is room elsewhere, and those that are
     more than fit stay where some of them are found again.
     """
-    homes = group.ring.homes(trail.hashes[trail.home_place])
+    homes = group.ring.homes(trail.home_hash)
     if len(homes) < 2:
         return homes
     first, second = homes[0], homes[1]
