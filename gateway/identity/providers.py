@@ -23,6 +23,11 @@ SCOPE = "node"
 DELETED = "[deleted]"
 
 
+ATTEMPTS = 3
+"""A deletion is tried so often: whoever writes what hangs on the provider's row, as sums of its nodes' time, locks that
+before the row, so that each may wait for the other."""
+
+
 class EmailTaken(ValueError):
     """A provider has that address already."""
 
@@ -106,6 +111,17 @@ class ProviderAccounts:
 
         An account that is a renter as well stays one. Raises UnknownProvider, NodesRunning, WithdrawalPending.
         """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                deleted_at = await self._delete(account_id)
+                break
+            except asyncpg.exceptions.TransactionRollbackError:
+                if attempt == ATTEMPTS:
+                    raise
+        await wake_feeds(self._valkey)
+        return deleted_at
+
+    async def _delete(self, account_id: int) -> dt.datetime:
         async with self._pool.acquire() as connection, connection.transaction():
             row = await connection.fetchrow(LOCK, account_id)
             if row is None:
@@ -125,7 +141,6 @@ class ProviderAccounts:
                 KEEP_RENTER if row["is_renter"] else ERASE,
                 *((account_id,) if row["is_renter"] else (account_id, f"{DELETED} {account_id}")),
             )
-        await wake_feeds(self._valkey)
         return deleted_at
 
 

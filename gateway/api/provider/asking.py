@@ -4,6 +4,7 @@ Keys also stand in JSON bodies (`api_key`, `key`) here; the header is the docume
 """
 
 import functools
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -26,11 +27,13 @@ from config.postgres import AWAY
 from gateway.api.credentials import NO_KEY, presented_key, principal_of
 from gateway.api.inference import read_body
 from gateway.api.openai.explain import explain
-from gateway.api.services import KEYRING, REQUEST_LIMITS
+from gateway.api.services import KEYRING, REQUEST_ID, REQUEST_LIMITS
 from gateway.errors import BadRequest, Conflict, Forbidden, InvalidApiKey, Unavailable
 from gateway.identity.keyring import Principal
 from gateway.identity.providers import SCOPE
 from nodes.providers import UnknownProvider
+
+log = logging.getLogger("poolgate.nodes")
 
 BODY_BYTES_MAX = 2**16
 """The largest is a registration with its resource_spec, or an event with 5,000 characters."""
@@ -147,7 +150,11 @@ def stored(handler: Handler) -> Handler:
             raise Forbidden("This key's account is no provider.") from None
         except asyncpg.IntegrityConstraintViolationError:
             raise Conflict("Something changed meanwhile. Try again.") from None
-        except AWAY:
+        except AWAY as error:
+            log.warning(  # an error's text may name an address
+                "%s was refused: %s", handler.__name__, type(error).__name__,
+                extra={"action": "store_failed", "request_id": request[REQUEST_ID]},
+            )  # fmt: skip
             raise Unavailable(
                 "That can't be looked up right now. Try again shortly.", retry_after_s=2
             ) from None
