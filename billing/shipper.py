@@ -171,7 +171,7 @@ class Shipper:
 
     async def _read(self) -> bool:
         """In a thread: an hour's journal may have to come from the disk."""
-        if self._position == self._journal.end:  # mostly nothing came: four times a second no thread is asked
+        if self._position == self._journal.end:  # mostly nothing came, and no thread is asked
             return False
         batch = await asyncio.to_thread(
             read_batch, self._journal.folder, self._position, self._batch_max, self._journal.end

@@ -406,7 +406,7 @@ class Settings:
         unit="seconds",
     )
     usage_flush_s: float = knob(
-        0.25,
+        1.0,
         "finished turns are shipped from the journal to PostgreSQL in batches this often",
         low=0.01,
         high=60,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from billing.holds import (
     SHAPES,
@@ -53,6 +54,15 @@ COUNTS_AT_ONCE_MAX = 8
 CountPrompt = Callable[[Ask, Engine], Awaitable[int | None]]
 
 
+class Room(Protocol):
+    """The journal, as far as admission asks it."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new turns must be refused, since their records might find no room."""
+        ...
+
+
 @dataclass(slots=True)
 class Funding:
     """What a turn needs at most, and what it got."""
@@ -68,7 +78,7 @@ class Funding:
 
 
 class Admission:
-    """Admits turns. `is_full` says that no more can be journaled; `count_prompt` asks an engine how long a prompt is."""
+    """Admits turns. `journal` must have room for them; `count_prompt` asks an engine how long a prompt is."""
 
     def __init__(
         self,
@@ -79,7 +89,7 @@ class Admission:
         clock: Clock,
         limiter: Limiter,
         leases: SpendLeases,
-        is_full: Callable[[], bool],
+        journal: Room,
         count_prompt: CountPrompt,
         starts: ModelStarts,
     ) -> None:
@@ -89,7 +99,7 @@ class Admission:
         self._now = clock.now
         self._limiter = limiter
         self._leases = leases
-        self._is_full = is_full
+        self._journal = journal
         self._count_prompt = count_prompt
         self._starts = starts
         self._counting = 0
@@ -148,7 +158,7 @@ class Admission:
         snapshot = self._registry.snapshot
         group = snapshot.group(model, ask.kind, None)
         if group is not None:
-            if self._is_full():
+            if self._journal.is_full:
                 raise Unavailable(retry_after_s=NO_NODE_RETRY_AFTER_S)
             return group
         if model in snapshot.by_model:

@@ -245,7 +245,7 @@ class Gateway:
         self._records = TurnRecords(self.metrics, journal.append, self._tally.count)
         admission = Admission(
             settings, registry=self.registry, prices=prices, clock=clock, limiter=self.money.limiter,
-            leases=self.money.leases, is_full=lambda: journal.is_full,
+            leases=self.money.leases, journal=journal,
             count_prompt=partial(count_prompt, upstreams, settings), starts=starts,
         )  # fmt: skip
         self.lifecycle = Lifecycle(
@@ -369,7 +369,7 @@ class Gateway:
         )  # fmt: skip
         turns = EdgeTurns(
             settings, routes=TURN_ROUTES, keyring=app[services.KEYRING], lifecycle=self.lifecycle,
-            keyed_turns=self.keyed_turns, metrics=self.metrics, is_draining=lambda: self.health.is_draining,
+            keyed_turns=self.keyed_turns, metrics=self.metrics,
         )  # fmt: skip
         self.door = Door(
             settings, turns=turns, handler=handler, cors=app[services.CORS],

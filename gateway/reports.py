@@ -32,8 +32,8 @@ async def report(descriptor: int, is_ready: Callable[[], bool]) -> None:
         await asyncio.sleep(BEAT_S if state == READY else LOOK_S)
 
 
-def latest(descriptor: int) -> bytes:
-    """The last byte that came through the pipe since the last call; empty if none did."""
+def latest(descriptor: int) -> bytes | None:
+    """The last byte that came through the pipe since the last call, empty if none did; None: its other end is closed."""
     last = b""
     while True:
         try:
@@ -41,5 +41,5 @@ def latest(descriptor: int) -> bytes:
         except BlockingIOError:
             return last
         if not read:
-            return last
+            return None
         last = read[-1:]

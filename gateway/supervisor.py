@@ -7,11 +7,12 @@ wait for its successor instead of being reset.
 import logging
 import os
 import resource
+import select
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,12 @@ from gateway.worker_process import WorkerProcess
 log = logging.getLogger("poolgate.supervisor")
 
 POLL_S = 0.1
+CALM_S = 1.0
+"""How often the supervisor looks after everything, and where all workers serve and nothing is going on. It is woken by what
+they say, once a second, by their ends, and by signals."""
+
+SIGNALS_MAX = 4096
+"""Read at once; more of them say the same."""
 
 KILL_AFTER_S = 25.0
 """Past `shutdown_grace_s`, before a worker is killed: 10 s for writing what turns used, and all other steps' bounds."""
@@ -68,7 +75,7 @@ def serve(settings: Settings, reread: Reread | None = None) -> int:
                 signals.reload = False
                 supervisor.wants_reload = True
             supervisor.tick(time.monotonic())
-            time.sleep(POLL_S)
+            signals.wait(supervisor.watched())
         return supervisor.stop()
 
 
@@ -79,12 +86,31 @@ class Signals:
         self.stop = False
         self.reload = False
         self._terminal = Terminal()
+        self._woken, self._wakes = os.pipe()
+        for descriptor in (self._woken, self._wakes):
+            os.set_blocking(descriptor, False)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP and not self._terminal.has_hung_up:
             self.reload = True
         else:
             self.stop = True
+        with suppress(BlockingIOError):
+            os.write(self._wakes, b"!")
+
+    def wait(self, watched: Collection[int]) -> None:
+        """For a signal, for something to read on one of `watched`, or for the time to look again, which is soon without."""
+        poll = select.poll()
+        for descriptor in (self._woken, *watched):
+            poll.register(descriptor, select.POLLIN)
+        poll.poll((CALM_S if watched else POLL_S) * 1000)
+        with suppress(BlockingIOError):
+            os.read(self._woken, SIGNALS_MAX)
+
+    def close(self) -> None:
+        """To be called when its signals come elsewhere."""
+        os.close(self._woken)
+        os.close(self._wakes)
 
 
 @contextmanager
@@ -98,6 +124,7 @@ def heeded_signals() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signals.close()
 
 
 def raise_descriptor_limit() -> None:
@@ -138,6 +165,13 @@ class Supervisor:
             self.wants_reload = False
             self._begin_reload()
         self._board.workers = tuple(slot.worker.state for slot in self._slots if slot.worker is not None)
+
+    def watched(self) -> list[int]:
+        """Descriptors that tell when there is something to look after; none while it must be looked often."""
+        workers = [slot.worker for slot in self._slots]
+        is_calm = self._reload is None and not self._finishing
+        ready = [worker.hears for worker in workers if worker is not None and worker.says_ready]
+        return ready if is_calm and len(ready) == len(workers) else []
 
     def stop(self) -> int:
         """No new connections; the queued ones are answered and begun turns may end; past every bound workers are killed."""

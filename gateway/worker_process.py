@@ -66,6 +66,11 @@ class WorkerProcess:
         return self._child.pid
 
     @property
+    def hears(self) -> int:
+        """The descriptor that becomes readable when it says something, and when it ends."""
+        return self._hears
+
+    @property
     def says_ready(self) -> bool:
         """By its last word."""
         return self._says_ready
@@ -76,7 +81,10 @@ class WorkerProcess:
 
     def poll(self, now_s: float) -> int | None:
         """Hear what it says; its exit code if it has ended, and then its gauges end too."""
-        if self._hears >= 0 and (word := latest(self._hears)):
+        word = latest(self._hears) if self._hears >= 0 else b""
+        if word is None:  # it has ended, or is about to
+            self._says_ready = False
+        elif word:
             self._says_ready, self._heard_at_s, self._has_said = word == READY, now_s, True
         code = self._child.poll()
         if code is not None and self._hears >= 0:

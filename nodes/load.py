@@ -21,6 +21,9 @@ log = logging.getLogger("poolgate.load")
 
 IN_FLIGHT = "poolgate:in-flight"
 
+ALONE_PERIODS = 4
+"""Periods until a worker that found no others looks again: it has nobody to tell."""
+
 STALE_PERIODS = 10
 """Periods after which a worker that wrote nothing new counts as gone."""
 
@@ -47,6 +50,7 @@ class LoadShare:
         self._worker = worker
         self._sequence = 0
         self._is_idle = False  # our entry says that nothing is in flight
+        self._is_alone = False  # nobody else shares
         self._seen: dict[str, tuple[Any, float]] = {}  # each worker's sequence, and since when
         # The reports in each worker's entry, taken once.
         self._heard: dict[str, dict[str, dict[str, Any]]] = {}
@@ -76,12 +80,12 @@ class LoadShare:
             except (RedisError, OSError, TimeoutError) as error:
                 if self._is_up:
                     log.warning("load is not shared: %s", error, extra={"action": "load_not_shared"})
-                self._is_up = False
+                self._is_up = self._is_alone = False
                 self._spread({})
                 self._fade()
                 pause_s = max(pause_s, AWAY_PAUSE_S)
             end_if_cancelled()
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s * ALONE_PERIODS if self._is_alone else pause_s)
 
     async def _share(self) -> None:
         mine = {
@@ -115,6 +119,7 @@ class LoadShare:
     def _others(self, workers: dict[str, bytes]) -> dict[str, tuple[int, int]]:
         """Turns and tokens of all other living workers, by engine; what they were told is taken."""
         now_s = asyncio.get_running_loop().time()
+        self._is_alone = True
         totals: dict[str, tuple[int, int]] = {}
         for worker, value in workers.items():
             if worker == self._worker:
@@ -126,6 +131,7 @@ class LoadShare:
                 self._hear(worker, _reports(told))
             elif now_s - since_s > STALE_PERIODS * self._settings.load_share_s:
                 continue
+            self._is_alone = False
             for engine, pair in _pairs(told):
                 before = totals.get(engine, (0, 0))
                 totals[engine] = (before[0] + pair[0], before[1] + pair[1])

@@ -65,6 +65,10 @@ class Turns(Protocol):
         """Whether memory knows the key of a request."""
         ...
 
+    def drain(self) -> None:
+        """From now on each answer asks its client to go elsewhere."""
+        ...
+
 
 class Over:
     """Stands where a turn stood while its client has yet to read, or when the connection ends: no other one begins."""

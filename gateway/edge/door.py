@@ -102,6 +102,7 @@ class Door:
 
     def drain(self) -> None:
         """The worker ends: answers close their connections, and those without a request have a little time to bring one."""
+        self.turns.drain()
         self.first_s = self.idle_s = self.settings.drain_idle_s
         self.now_s = self.time()
         ends_s = self.now_s + self.settings.drain_idle_s

@@ -39,11 +39,11 @@ class Connection(ClientConnection, Protocol):
 
 
 class EdgeTurns:
-    """Begins turns. `routes` decodes the body of each path that it serves; `is_draining` asks clients to go elsewhere."""
+    """Begins turns. `routes` decodes the body of each path that it serves."""
 
     def __init__(
         self, settings: Settings, *, routes: Mapping[bytes, AskOf], keyring: KeyRing, lifecycle: Lifecycle,
-        keyed_turns: KeyedTurns, metrics: Metrics, is_draining: Callable[[], bool],
+        keyed_turns: KeyedTurns, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.settings = settings
         self.routes = routes
@@ -51,7 +51,7 @@ class EdgeTurns:
         self.lifecycle = lifecycle
         self.keyed_turns = keyed_turns
         self.metrics = metrics
-        self.is_draining = is_draining
+        self.is_draining = False
         self.stall_s = settings.client_stall_s
 
     def begun(self, connection: Connection, head: Head) -> "EdgeTurn":
@@ -62,6 +62,10 @@ class EdgeTurns:
         """Whether memory knows the key of a request."""
         secret = self.secret_of(head)
         return secret is not None and self.keyring.lookup(secret) is not None
+
+    def drain(self) -> None:
+        """From now on each answer asks its client to go elsewhere."""
+        self.is_draining = True
 
     def secret_of(self, head: Head) -> str | None:
         """The key that a request presents."""
@@ -81,7 +85,7 @@ class EdgeTurn(HttpDownstream):
 
     def __init__(self, turns: EdgeTurns, connection: Connection, head: Head) -> None:
         super().__init__(
-            connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive and not turns.is_draining(),
+            connection, is_http_11=head.is_http_11, keep_alive=head.keep_alive and not turns.is_draining,
             stall_s=turns.stall_s, own_lines=head.own_lines,
         )  # fmt: skip
         self._turns = turns

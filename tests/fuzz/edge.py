@@ -136,6 +136,9 @@ class Turns:
     def knows(self, head: Head) -> bool:
         return head.all_fields().get(b"authorization") == b"Bearer known"
 
+    def drain(self) -> None:
+        """Its answers keep connections as requests ask."""
+
 
 class StubTurn:
     """One of them."""

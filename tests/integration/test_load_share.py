@@ -86,6 +86,17 @@ async def test_each_sees_the_others_turns_and_not_its_own(pair):
     assert one.has(1, 50)
 
 
+async def test_one_that_was_alone_finds_who_comes(valkey, settings, clock):
+    async with workers(1, valkey, settings, clock) as (first,):
+        first.puts(3, 300)
+        await asyncio.sleep(5 * settings.load_share_s)
+        second = Worker("w1", valkey, settings, clock)
+        second.puts(1, 50)
+        second.start()
+        await eventually(lambda: first.has(1, 50) and second.has(3, 300))
+        await second.end()
+
+
 async def test_turns_of_several_workers_add_up(valkey, settings, clock):
     async with workers(4, valkey, settings, clock) as made:
         for number, worker in enumerate(made):

@@ -156,7 +156,7 @@ def succeeds(ask: Callable[[], bool]) -> bool:
         return False
 
 
-def test_of_what_a_worker_said_the_last_counts():
+def test_of_what_a_worker_said_the_last_counts_and_its_end_is_heard():
     hears, tells = os.pipe()
     os.set_blocking(hears, False)
     try:
@@ -166,5 +166,5 @@ def test_of_what_a_worker_said_the_last_counts():
         assert latest(hears) == b""
     finally:
         os.close(tells)
-        assert latest(hears) == b""
+        assert latest(hears) is None
         os.close(hears)

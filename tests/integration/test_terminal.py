@@ -1,4 +1,5 @@
-"""A SIGHUP of a terminal that hangs up ends the gateway; one that somebody sends has settings read again."""
+"""A SIGHUP of a terminal that hangs up ends the gateway; one that somebody sends has settings read again. Each is heard at
+once, as is the end of a worker."""
 
 import os
 import pty
@@ -9,19 +10,23 @@ from pathlib import Path
 
 import pytest
 
+import gateway.supervisor
+from gateway.supervisor import heeded_signals
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 HEEDING = """
-import sys, time
-from gateway.supervisor import heeded_signals
-with heeded_signals() as signals, open(sys.argv[1], "a", buffering=1) as told:
+import os, sys
+import gateway.supervisor
+gateway.supervisor.CALM_S = 3600.0
+silent, _ = os.pipe()
+with gateway.supervisor.heeded_signals() as signals, open(sys.argv[1], "a", buffering=1) as told:
     told.write("heeds\\n")
     while not signals.stop:
         if signals.reload:
             signals.reload = False
             told.write("reloads\\n")
-        time.sleep(0.01)
+        signals.wait([silent])
     told.write("stops\\n")
 """
 
@@ -57,3 +62,14 @@ def test_a_hangup_is_told_from_a_wish_to_reload(tmp_path: Path, has_terminal: bo
         os.close(theirs)
         process.kill()
         process.wait()
+
+
+def test_the_end_of_a_worker_wakes_its_supervisor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gateway.supervisor, "CALM_S", 3600.0)
+    hears, tells = os.pipe()
+    try:
+        with heeded_signals() as signals:
+            os.close(tells)
+            signals.wait([hears])
+    finally:
+        os.close(hears)
