@@ -31,6 +31,7 @@ from billing.journal_files import (
 )
 from billing.records import encode
 from billing.usage import UsageRecord
+from config.cores import roam
 from config.defaults import Settings
 
 log = logging.getLogger("poolgate.journal")
@@ -74,7 +75,7 @@ class Journal:
         self._has_no_room = False  # for the segment ahead
         self._is_failing = False  # the last sync did
         # Not the loop's own executor: a disk that hangs must not keep its threads, and `close` waits for ours alone.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="journal", initializer=roam)
         self._making: Future[None] | None = None
         self._woken: asyncio.Future[None] | None = None  # set by an append while `run` has nothing to sync
         self._make_at_s = 0.0

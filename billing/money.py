@@ -12,7 +12,7 @@ NANO: Final = 10**9
 AMOUNT = re.compile(r"(-?)([0-9]{1,9})(?:\.([0-9]{1,9}))?")  # the largest fits a bigint ninefold
 
 
-def parse_amount(text: str) -> int:
+def parse_amount(text: object) -> int:
     """Nano of a plain decimal number of major units ("0.40", "-12"); exact, ValueError for anything else."""
     if not isinstance(text, str) or (match := AMOUNT.fullmatch(text.strip())) is None:
         raise ValueError(

@@ -37,6 +37,10 @@ class Settings:
         high=256,
         unit="processes",
     )
+    worker_keeps_core: bool = knob(
+        True,
+        "each worker keeps to a core of its own while there are as many, and moves on where that is crowded",
+    )
     worker_hung_s: float = knob(
         60.0,
         "a worker whose event loop has not turned for so long is killed, and another takes its place and its queue",

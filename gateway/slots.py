@@ -26,6 +26,7 @@ class Slot:
     """A socket and its processes. Times are of the monotonic clock, in seconds."""
 
     sock: socket.socket
+    number: int = 0  # of those of one gateway
     is_open: bool = True  # clients may be queued on it
     worker: WorkerProcess | None = None
     successor: WorkerProcess | None = None
@@ -104,7 +105,7 @@ class Slot:
 
     def _start(self, settings: Settings, now_s: float, *, waits: bool) -> WorkerProcess | None:
         try:
-            return WorkerProcess(self.sock, settings, now_s, waits=waits)
+            return WorkerProcess(self.sock, settings, now_s, number=self.number, waits=waits)
         except OSError:  # no memory or processes left just now
             log.exception("a worker can't be started", extra={"action": "worker_not_started"})
             return None

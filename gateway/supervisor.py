@@ -6,6 +6,7 @@ wait for its successor instead of being reset.
 
 import logging
 import os
+import random
 import resource
 import select
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from config import metrics
+from config import cores, metrics
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import Terminal
@@ -58,7 +59,8 @@ def serve(settings: Settings, reread: Reread | None = None) -> int:
         metrics.prepare_folder(Path(folder))
         board = Board()
         try:
-            slots = [Slot(sock) for sock in listening_sockets(settings)]
+            first = random.randrange(len(cores.ALL) or 1)  # noqa: S311 - so that two gateways begin on different ones
+            slots = [Slot(sock, first + number) for number, sock in enumerate(listening_sockets(settings))]
             if settings.probe_port:
                 probe = exclusive_socket(settings.probe_host, settings.probe_port, option="probe_port")
                 stack.enter_context(Probes(probe, board))
@@ -224,7 +226,7 @@ class Supervisor:
         if superfluous:
             self._leave(superfluous)
         while len(self._slots) < count:
-            self._slots.append(Slot(joining(self._slots[0].sock), is_open=False))
+            self._slots.append(Slot(joining(self._slots[0].sock), self._slots[-1].number + 1, is_open=False))
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import uvloop
 
 from config import compiled
+from config.cores import core_of, keep, roam
 from config.defaults import Settings
 from config.logs import setup_logs
 from config.procs import die_with_parent
@@ -32,13 +34,15 @@ FAILED = 70
 NO_REPORTS = -1
 
 
-def orders(settings: Settings, fd: int, *, report_fd: int = NO_REPORTS, waits: bool = False) -> bytes:
+def orders(
+    settings: Settings, fd: int, *, report_fd: int = NO_REPORTS, number: int = 0, waits: bool = False
+) -> bytes:
     """What a supervisor writes to a worker's standard input: nothing of it shows in a process list.
 
-    `fd` is a socket that listens or is bound, `report_fd` the pipe of `gateway.reports`. `waits`: accept only when ready,
-    because another worker serves the socket meanwhile.
+    `fd` is a socket that listens or is bound, `report_fd` the pipe of `gateway.reports`, `number` this worker's among the
+    gateway's. `waits`: accept only when ready, because another worker serves the socket meanwhile.
     """
-    given = {"settings": asdict(settings), "fd": fd, "report_fd": report_fd, "waits": waits}
+    given = {"settings": asdict(settings), "fd": fd, "report_fd": report_fd, "number": number, "waits": waits}
     return json.dumps(given).encode()
 
 
@@ -53,14 +57,22 @@ def main() -> int:
     die_with_parent(bound_s=settings.shutdown_grace_s + 15)
     gc.set_threshold(*GC_THRESHOLDS)
     sock = socket.socket(fileno=given["fd"])
-    return uvloop.run(_serve(settings, sock, report_fd=given["report_fd"], accepts_when_ready=given["waits"]))
+    core = core_of(given["number"], settings.workers) if settings.worker_keeps_core else None
+    serving = _serve(
+        settings, sock, report_fd=given["report_fd"], accepts_when_ready=given["waits"], core=core
+    )
+    return uvloop.run(serving)
 
 
-async def _serve(settings: Settings, sock: socket.socket, *, report_fd: int, accepts_when_ready: bool) -> int:
+async def _serve(
+    settings: Settings, sock: socket.socket, *, report_fd: int, accepts_when_ready: bool, core: int | None
+) -> int:
     from gateway.app import Gateway  # after the metrics folder is in the environment, and logs are set up
 
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(initializer=roam))
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
     # The supervisor started us with it blocked. One that came while we start is heeded when we serve: clients may be queued.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     gateway = Gateway(settings)
@@ -68,7 +80,9 @@ async def _serve(settings: Settings, sock: socket.socket, *, report_fd: int, acc
     log.info("started, %s", compiled.how(), extra={"action": "worker_started", "runs": compiled.how()})
     if accepts_when_ready:
         await _accept_when_ready(gateway, stop)
-    reporting = asyncio.create_task(report(report_fd, lambda: gateway.health.is_ready))
+    beside = [asyncio.create_task(report(report_fd, lambda: gateway.health.is_ready))]
+    if core is not None:
+        beside.append(asyncio.create_task(keep(core)))
     waits: list[asyncio.Task[Any]] = [
         asyncio.create_task(stop.wait()),
         asyncio.create_task(gateway.failed.wait()),
@@ -77,7 +91,8 @@ async def _serve(settings: Settings, sock: socket.socket, *, report_fd: int, acc
     for wait in waits:
         wait.cancel()
     await gateway.stop()
-    reporting.cancel()
+    for task in beside:
+        task.cancel()
     return FAILED if gateway.failed.is_set() else 0
 
 

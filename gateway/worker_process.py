@@ -45,8 +45,13 @@ class WorkerState:
 class WorkerProcess:
     """One worker; `poll` it often. Main thread only: its death signal is tied to the thread that starts it."""
 
-    def __init__(self, sock: socket.socket, settings: Settings, now_s: float, *, waits: bool = False) -> None:
-        """`waits`: it accepts only when it is ready, since others serve meanwhile. Raises OSError."""
+    def __init__(
+        self, sock: socket.socket, settings: Settings, now_s: float, *, number: int = 0, waits: bool = False
+    ) -> None:
+        """`number`: its core follows from it. `waits`: it accepts only when it is ready, since others serve meanwhile.
+
+        Raises OSError.
+        """
         self.started_s = self._heard_at_s = now_s
         self._hung_s = settings.worker_hung_s
         self._says_ready = self._has_said = False
@@ -54,7 +59,7 @@ class WorkerProcess:
         try:
             os.set_blocking(self._hears, False)
             os.set_blocking(tells, False)
-            self._child = _spawn(settings, sock.fileno(), tells, waits=waits)
+            self._child = _spawn(settings, sock.fileno(), tells, number=number, waits=waits)
         except BaseException:
             os.close(self._hears)
             raise
@@ -107,7 +112,7 @@ class WorkerProcess:
         self._child.wait()
 
 
-def _spawn(settings: Settings, fd: int, report_fd: int, *, waits: bool) -> Child:
+def _spawn(settings: Settings, fd: int, report_fd: int, *, number: int, waits: bool) -> Child:
     env = {**MALLOC, **os.environ}
     with _sigterm_waits():
         child = spawn_python(
@@ -117,7 +122,7 @@ def _spawn(settings: Settings, fd: int, report_fd: int, *, waits: bool) -> Child
     assert child.stdin is not None
     # It may be dead already, as `poll` will find.
     with suppress(BrokenPipeError), child.stdin as stdin:
-        stdin.write(orders(settings, fd, report_fd=report_fd, waits=waits))
+        stdin.write(orders(settings, fd, report_fd=report_fd, number=number, waits=waits))
     return child
 
 
