@@ -101,6 +101,7 @@ class HttpDownstream:
         "_ending",
         "_is_http_11",
         "_transport",
+        "_waiting_most",
         "is_started",
         "keep_alive",
         "stall_s",
@@ -121,6 +122,8 @@ class HttpDownstream:
         self._transport: Any = connection.transport
         self._buffer_bytes = connection.buffer_bytes
         self._chunked = False
+        # What waits for the client is at most this, in bytes; how much it is before the first is not known.
+        self._waiting_most = connection.buffer_bytes + 1
         self._connection = connection
         self._is_http_11 = is_http_11
         self._ending = own_lines
@@ -134,12 +137,13 @@ class HttpDownstream:
 
     @property
     def is_full(self) -> bool:
-        # Not `writing_paused`: uvloop says that at the end of a tick, in which an engine can send 8 MB.
+        # Not `writing_paused`: uvloop says that at the end of a tick, in which an engine can send 8 MB. The transport
+        # is asked only where so much can have come together since it was asked last.
         transport = self._transport
-        if transport is None:
+        if transport is None or self._waiting_most <= self._buffer_bytes:
             return False
-        waiting_bytes: int = transport.get_write_buffer_size()
-        return waiting_bytes > self._buffer_bytes
+        self._waiting_most = transport.get_write_buffer_size()
+        return self._waiting_most > self._buffer_bytes
 
     def start(self, headers: dict[str, str], told: Told = NOTHING_TOLD) -> None:
         self.is_started = True
@@ -151,6 +155,12 @@ class HttpDownstream:
 
     def write(self, data: bytes) -> None:
         self._send(chunk_of(data) if self._chunked else data)
+
+    def write_on(self, data: bytes) -> None:
+        """`write`, right after `is_gone` said that somebody is there."""
+        piece = chunk_of(data) if self._chunked else data
+        self._waiting_most += len(piece)
+        self._transport.write(piece)
 
     def finish(self, data: bytes = b"") -> None:
         if self._chunked:
@@ -196,6 +206,7 @@ class HttpDownstream:
     def _send(self, data: bytes) -> None:
         transport = self._transport
         if transport is not None and not transport.is_closing():
+            self._waiting_most += len(data)
             transport.write(data)
 
 
@@ -207,9 +218,9 @@ def is_gone(down: Downstream) -> bool:
 
 
 def send_on(down: Downstream, data: bytes) -> bool:
-    """Send some of a stream, in the same two ways. Returns whether more waits now than the client may let wait."""
+    """Send some of a stream to who is not gone, in the same two ways. Returns whether more waits now than may."""
     if isinstance(down, HttpDownstream):
-        down.write(data)
+        down.write_on(data)
         return down.is_full
     down.write(data)
     return down.is_full
