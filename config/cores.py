@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,20 +39,25 @@ def core_of(number: int, workers: int) -> int | None:
 
 
 def roam() -> None:
-    """Let the calling thread run on any core: for those that one which keeps to a core has started."""
+    """Let the calling thread run on any core, as far as that may be said: for those that one which keeps to one starts."""
     if ALL:
-        os.sched_setaffinity(0, ALL)
+        with suppress(OSError):
+            os.sched_setaffinity(0, ALL)
 
 
 async def keep(core: int) -> None:
-    """Keep the calling thread to a core, and move to another where it is crowded, until cancelled."""
-    while True:
-        os.sched_setaffinity(0, [core])
-        before = _times()
-        await asyncio.sleep(LOOK_S)
-        if is_crowded(before, _times(), LOOK_S):
-            core = random.choice([other for other in ALL if other != core])  # noqa: S311 - keeps no secret
-            log.info("moves to core %d: its own is crowded", core, extra={"action": "core_changed"})
+    """Keep the calling thread to a core, and move to another where it is crowded; until that can't be done any more."""
+    try:
+        while True:
+            os.sched_setaffinity(0, [core])
+            before = _times()
+            await asyncio.sleep(LOOK_S)
+            if is_crowded(before, _times(), LOOK_S):
+                core = random.choice([other for other in ALL if other != core])  # noqa: S311 - keeps no secret
+                log.info("moves to core %d: its own is crowded", core, extra={"action": "core_changed"})
+    except OSError as error:  # it was taken from us, or the system does not tell times
+        log.warning("keeps to no core: %s", error, extra={"action": "core_left"})
+        roam()
 
 
 def is_crowded(before: Times, now: Times, for_s: float) -> bool:

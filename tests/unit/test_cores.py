@@ -73,6 +73,26 @@ def test_a_thread_keeps_to_its_core_and_moves_where_that_is_crowded(monkeypatch:
     assert seen == [{first}, {first}, {first}, {first}, {second}, {second}, {first, second}]
 
 
+@pytest.mark.skipif(len(cores.ALL) < 2, reason="a second core is needed")
+def test_a_thread_whose_core_is_taken_away_runs_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+    monkeypatch.setattr(cores, "LOOK_S", 1e-3)
+
+    def times() -> Times:
+        if seen:
+            raise FileNotFoundError("no such process")
+        seen.append(os.sched_getaffinity(0))
+        return Times(0.0, 0.0)
+
+    async def work() -> None:
+        monkeypatch.setattr(cores, "_times", times)
+        await cores.keep(cores.ALL[1])
+        seen.append(os.sched_getaffinity(0))
+
+    in_a_thread(work)
+    assert seen == [{cores.ALL[1]}, set(cores.ALL)]
+
+
 def test_what_the_system_tells_of_a_thread_is_read() -> None:
     before = cores._times()
     sum(range(200_000))
