@@ -155,8 +155,10 @@ def test_a_body_behind_the_same_head_is_what_a_fresh_look_finds(
         assert fresh.body_bytes == size <= 200
         assert body == b"y" * size
         assert fresh.fields.keys() == head.fields.keys()
-    elif fresh is not None and first == first.strip() and second == second.strip():
-        assert fresh.body_bytes != size or size > 200, "known again whenever it is plain"
+    elif fresh is not None and first == first.strip() and second == str(fresh.body_bytes).encode():
+        assert fresh.body_bytes != size or size > 200, (
+            "known again whenever it is plain"
+        )  # so without zeros before it
 
 
 @settings(max_examples=1000, deadline=None)

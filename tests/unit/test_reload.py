@@ -22,6 +22,7 @@ class FakeWorker:
     sock: socket.socket
     settings: Settings
     started_s: float
+    number: int = 0
     waits: bool = False
     pid: int = 0
     says_ready: bool = False
