@@ -1,6 +1,7 @@
 """Two workers under a real supervisor: what one hears both heed, and a dead one costs only the turns it had."""
 
 import asyncio
+import os
 import signal
 import time
 import uuid
@@ -14,6 +15,7 @@ import asyncpg
 import pytest
 
 from billing.money import NANO
+from config import cores
 from config.embedded import EmbeddedStores
 from config.postgres import migrate
 from gateway.identity.accounts import AccountStore
@@ -181,6 +183,17 @@ def test_gauges_are_of_the_living_and_counters_outlive_their_worker(serving: Ser
 
 
 # --- deaths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(len(cores.ALL) < 2, reason="a core for each is needed")
+def test_each_worker_keeps_to_a_core_of_its_own_and_the_threads_beside_it_do_not(serving: Serving):
+    workers = serving.workers()
+    wait_until(lambda: all(len(worker.cpu_affinity()) == 1 for worker in workers))
+    assert len({worker.cpu_affinity()[0] for worker in workers}) == len(workers)
+    for worker in workers:
+        beside = [thread.id for thread in worker.threads() if thread.id != worker.pid]
+        assert beside, "the journal has some"
+        assert {tuple(sorted(os.sched_getaffinity(each))) for each in beside} == {tuple(cores.ALL)}
 
 
 def test_connections_that_queue_on_a_dead_workers_socket_are_served_by_its_successor(serving: Serving):
