@@ -30,6 +30,10 @@ STATEMENTS_AT_ONCE_MAX = 2
 """Claims and their ends in PostgreSQL at a time: a flood of keyed requests, which no rate limit has seen yet, leaves
 connections for the leases of everybody else."""
 
+LEFT_SHARE_MIN = 0.1
+"""Of a time-out, for who comes to a connection: with less nothing is sent. Those before timed out there, and so would this,
+and then PostgreSQL had to be told of one more that may have come."""
+
 CLAIM_TRIES = 3
 """A claim that another process changed in the moment of ours is looked at anew; it changes a few times in its life."""
 
@@ -223,11 +227,11 @@ class IdempotencyStore:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
         """One of few, within the time-out. If its statement fails it is dropped: a frozen server would keep us waiting."""
-        async with (
-            asyncio.timeout(self._settings.database_timeout_s),
-            self._slots,
-            self._pool.acquire() as connection,
-        ):
+        timeout_s = self._settings.database_timeout_s
+        last_s = asyncio.get_running_loop().time() + timeout_s * (1 - LEFT_SHARE_MIN)
+        async with asyncio.timeout(timeout_s), self._slots, self._pool.acquire() as connection:
+            if asyncio.get_running_loop().time() > last_s:
+                raise TimeoutError
             try:
                 yield connection
             except BaseException:
