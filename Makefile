@@ -53,7 +53,7 @@ debootstrap:
 installer-test: install-test debootstrap ## run the Linux installer in a clean Debian (as root; installs debootstrap)
 	@exec $(py) -m pytest -m installer tests/installer $(ARGS)
 
-soak: install-test ## run the long forms of the tests and write docs/soak.md (about 25 minutes)
+soak: install-test ## run the long forms of the tests and write docs/soak.md (about an hour)
 	@exec $(py) -m tests.soak $(ARGS)
 
 lint: install-test ## ruff (rules and format) and mypy --strict
@@ -61,7 +61,7 @@ lint: install-test ## ruff (rules and format) and mypy --strict
 	@$(py) -m ruff format --check .
 	@$(py) -m mypy
 
-bench: install-test bench-peers ## measure what requests and streams cost, peers too, and write bench/RESULTS.md (about 45 minutes)
+bench: install-test bench-peers ## measure what requests and streams cost, peers too, and write bench/RESULTS.md (about an hour and a half)
 	@exec $(py) -m bench $(ARGS)
 
 bench-peers: install-test ## install what poolgate is measured beside into .bench/, and nginx and h2load with apt-get (as root)

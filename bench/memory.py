@@ -102,7 +102,7 @@ async def _flow(ground: Ground, arm: Arm, streams: int, chunks: int, *, pace_ms:
 
 
 QUESTION = Question(
-    "memory", "Memory a stream", METHOD, measure, rounds=3, cases=tuple(SIZES),
+    "memory", "Memory a stream", METHOD, measure, rounds=5, cases=tuple(SIZES),
     arms=("poolgate", *(peer.name for peer in PEERS if peer.streams_max)), pictures=(KB,),
 )  # fmt: skip
 

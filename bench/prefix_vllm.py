@@ -47,7 +47,14 @@ async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
         raise NotInstalled(status.detail)
     cores = sorted(os.sched_getaffinity(0))
     shares = share_hardware(2, gpus=(), cores=cores, openmp=find_openmp(status.python))
-    more = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK), "--enable-scale-out", *SHALLOW]
+    more = [
+        "--num-gpu-blocks-override",
+        str(BLOCKS),
+        "--block-size",
+        str(BLOCK),
+        "--enable-scale-out",
+        *SHALLOW,
+    ]
     processes, urls = [], []
     try:
         for number, share in enumerate(shares):

@@ -20,7 +20,7 @@ Written by `make bench`; every number and verdict below is computed from the sam
 ## How to reproduce it
 
     make bench-peers   # the peers into .bench/, nginx and h2load by apt-get (as root)
-    make bench         # everything, over an hour; this file and the pictures are written anew
+    make bench         # everything, some 90 minutes; this file and the pictures are written anew
 
 One question alone: `python -m bench.request`, `bench.chunk`, `bench.latency`, `bench.memory`, `bench.routing`,
 `bench.prefix`, `bench.prefix_vllm`, `bench.reach`, `bench.heartbeats`, `bench.profile`, `bench.money`, each with `--rounds`,

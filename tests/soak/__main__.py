@@ -46,7 +46,7 @@ MEMORY_BOUND_S = 3600.0
 """A million turns."""
 
 FUZZ_BOUND_S = 7200.0
-"""Ten million inputs; two cores take about 40 minutes."""
+"""Ten million inputs; two cores take 15 to 30 minutes."""
 
 Soak = Callable[[Settings, asyncpg.Pool, Path, Any, Callable[[str], None]], Awaitable[dict[str, float]]]
 
