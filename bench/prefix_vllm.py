@@ -25,8 +25,8 @@ from nodes.agent.supervisor import find_openmp
 REAL = "2 vLLM nodes"
 
 SHALLOW = ("--load-format", "dummy", "--hf-overrides", '{"num_hidden_layers": 2}')
-"""Two layers of the model, with weights at random: what a cache holds doesn't depend on them, and a round has five times
-as many requests in less time."""
+"""Two layers of the model, with weights at random: what a cache holds doesn't depend on them, and answers come soon enough
+for a round of many."""
 
 METHOD = f"""\
 The {PROMPTS} system prompts of *Prompts that begin alike*, before two real vLLM servers, started with
@@ -47,14 +47,7 @@ async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
         raise NotInstalled(status.detail)
     cores = sorted(os.sched_getaffinity(0))
     shares = share_hardware(2, gpus=(), cores=cores, openmp=find_openmp(status.python))
-    more = [
-        "--num-gpu-blocks-override",
-        str(BLOCKS),
-        "--block-size",
-        str(BLOCK),
-        "--enable-scale-out",
-        *SHALLOW,
-    ]
+    cache = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK)]
     processes, urls = [], []
     try:
         for number, share in enumerate(shares):
@@ -65,8 +58,9 @@ async def real_engines(folder: Path) -> AsyncIterator[list[str]]:
             with (folder / f"engine-{number}.log").open("wb") as output:
                 processes.append(
                     spawn(
-                        [*command.argv, *more], env={**command.env, "VLLM_SERVER_DEV_MODE": "1"},
-                        stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                        [*command.argv, *cache, "--enable-scale-out", *SHALLOW],
+                        env={**command.env, "VLLM_SERVER_DEV_MODE": "1"}, stdin=subprocess.DEVNULL, stdout=output,
+                        stderr=output,
                     )
                 )  # fmt: skip
             urls.append(f"http://127.0.0.1:{port}")
